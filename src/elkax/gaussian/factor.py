@@ -1,0 +1,175 @@
+"""Factorisations of small matrices over lanes.
+
+Matrix axes come first, lanes last. Up to `MAX_UNROLLED` columns the loops are written out, above
+that they are `fori_loop`s. None of them calls a batched triangular or LU solve, which can
+deadlock XLA's CPU thread pool inside a parallel scan and is slow for small matrices.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from elkax.scan import lanes
+from elkax.scan.lanes import MAX_UNROLLED, materialize, matmul, matvec, outer, transpose
+
+
+def loop(count: int, body: Callable[[Array | int, Array], Array], value: Array) -> Array:
+    """Apply `value = body(i, value)` for i = 0, ..., count - 1, written out if `count` is small."""
+    if count <= MAX_UNROLLED:
+        for i in range(count):
+            value = materialize(body(i, value))
+        return value
+    return jax.lax.fori_loop(0, count, body, value)
+
+
+def _unit(size: int, j: Array | int, rank: int, dtype) -> Array:
+    """Return the j-th unit vector with `rank` axes in all, the first of length `size`."""
+    return (jnp.arange(size) == j).astype(dtype).reshape((size,) + (1,) * (rank - 1))
+
+
+def psd_cholesky(p: Float[Array, "n n *lanes"]) -> Float[Array, "n n *lanes"]:
+    r"""Compute a lower $L$ with $LL^\top = P$ for positive semi-definite $P$.
+
+    A pivot at or below rounding level, $d_j \le 4n\,\epsilon\,P_{jj}$, gives a zero column: for a
+    semi-definite matrix the rest of that column is then zero as well. NaN stays NaN.
+
+    Args:
+        p: symmetric positive semi-definite; only its lower triangle is read.
+
+    Returns:
+        Lower factor, possibly singular.
+    """
+    size, tolerance = p.shape[0], 4 * p.shape[0] * jnp.finfo(p.dtype).eps
+    below = jnp.arange(size).reshape((size,) + (1,) * (p.ndim - 2))
+
+    def column(j: Array | int, factor: Array) -> Array:
+        c = p[:, j] - matvec(factor, factor[j])
+        pivot = c[j]
+        zero = pivot <= tolerance * p[j, j]
+        scale = jnp.where(zero, 0.0, 1.0 / jnp.sqrt(jnp.where(zero, 1.0, pivot)))
+        c = jnp.where(below >= j, c * scale, 0.0)
+        return factor + outer(c, _unit(size, j, c.ndim, p.dtype))
+
+    return loop(size, column, jnp.zeros_like(p))
+
+
+def is_regular(factor: Float[Array, "n n *lanes"]) -> Bool[Array, "*lanes"]:
+    r"""Tell whether no pivot of a guarded factor is zero (or, from a QR, at rounding level)."""
+    size = factor.shape[0]
+    pivots = jnp.stack([factor[i, i] for i in range(size)])
+    rows = jnp.sqrt(jnp.sum(factor * factor, axis=1))
+    return ~jnp.any(jnp.abs(pivots) <= 4 * size * jnp.finfo(factor.dtype).eps * rows, axis=0)
+
+
+def tria(a: Float[Array, "n m *lanes"]) -> Float[Array, "n n *lanes"]:
+    r"""Compute the lower $L$ with $LL^\top = AA^\top$ and a non-negative diagonal.
+
+    Householder reflections from the right, so $A$ is never squared.
+
+    Args:
+        a: any real matrix with m >= n columns.
+
+    Returns:
+        Lower factor, singular if $A$ has dependent rows.
+    """
+    size, columns = a.shape[:2]
+    index = jnp.arange(columns).reshape((columns,) + (1,) * (a.ndim - 2))
+
+    def reflect(i: Array | int, a: Array) -> Array:
+        row = jnp.where(index >= i, a[i], 0.0)
+        # Scaled before squaring, so that tiny rows do not underflow.
+        largest = jnp.max(jnp.abs(row), axis=0)
+        scale = jnp.where(largest > 0, largest, 1.0)
+        row = row / scale
+        norm = jnp.sqrt(jnp.sum(row * row, axis=0))
+        sign = jnp.where(row[i] < 0, -1.0, 1.0).astype(a.dtype)
+        # v = row + sign |row| e_i; H = I - 2 v v' / v'v maps the row to -sign |row| e_i.
+        v = row + sign * norm * _unit(columns, i, row.ndim, a.dtype)
+        half = norm * (norm + jnp.abs(row[i]))
+        weight = jnp.where(half > 0, 1.0 / jnp.where(half > 0, half, 1.0), 0.0)
+        reflected = a - outer(matvec(a, v) * weight, v)
+        # The reflection changes the sign of the diagonal; turning the column back keeps it >= 0.
+        turn = 1.0 - (1.0 + sign) * _unit(columns, i, row.ndim, a.dtype)
+        return reflected * turn[None]
+
+    reflected = loop(size, reflect, a)[:, :size]
+    lower = jnp.tril(jnp.ones((size, size), bool)).reshape((size, size) + (1,) * (a.ndim - 2))
+    return jnp.where(lower, reflected, 0.0)
+
+
+def solve_lower(
+    factor: Float[Array, "n n *lanes"], b: Float[Array, "n m *lanes_b"], *, transposed: bool = False
+) -> Float[Array, "n m *lanes_x"]:
+    r"""Solve $LX = B$, or $L^\top X = B$, by substitution over lanes.
+
+    Args:
+        factor: lower $L$ without zero pivots.
+        b: right-hand sides.
+        transposed: solve with $L^\top$.
+
+    Returns:
+        $X$; infinite or NaN where a pivot is zero.
+    """
+    factor, b = lanes.align(factor, 2, b, 2)
+    size = factor.shape[0]
+    if transposed:
+        factor = transpose(factor)
+    start = jnp.zeros(jnp.broadcast_shapes(b.shape, b.shape[:2] + factor.shape[2:]), b.dtype)
+
+    def row(k: Array | int, x: Array) -> Array:
+        i = size - 1 - k if transposed else k
+        value = (b[i] - matvec(transpose(x), factor[i])) / factor[i, i]
+        return x + _unit(size, i, x.ndim, x.dtype) * value
+
+    return loop(size, row, start)
+
+
+def cho_solve(
+    factor: Float[Array, "n n *lanes"], b: Float[Array, "n m *lanes_b"]
+) -> Float[Array, "n m *lanes_x"]:
+    r"""Solve $LL^\top X = B$ over lanes."""
+    return solve_lower(factor, solve_lower(factor, b), transposed=True)
+
+
+def unit_ldl(
+    r: Float[Array, "n n *lanes"],
+) -> tuple[Float[Array, "n n *lanes"], Float[Array, "n *lanes"]]:
+    r"""Compute the inverse of the unit lower $L$, and $d$, with $R = L\,\mathrm{diag}(d)L^\top$.
+
+    The rows of $L^{-1}$ turn correlated measurements into uncorrelated ones. Semi-definite
+    $R$ is allowed: a zero pivot leaves its column alone and $d_j = 0$.
+
+    Args:
+        r: symmetric positive semi-definite.
+
+    Returns:
+        $L^{-1}$ (unit lower) and $d$.
+    """
+    size, tolerance = r.shape[0], 4 * r.shape[0] * jnp.finfo(r.dtype).eps
+    below = jnp.arange(size).reshape((size,) + (1,) * (r.ndim - 2))
+    eye = lanes.identity(size, r.shape[2:], r.dtype)
+
+    def eliminate(j: Array | int, work: Array) -> Array:
+        schur, inverse = work[:, :size], work[:, size:]
+        zero = schur[j, j] <= tolerance * r[j, j]
+        multiplier = schur[:, j] / jnp.where(zero, 1.0, schur[j, j])
+        multiplier = jnp.where((below > j) & ~zero, multiplier, 0.0)
+        schur = schur - outer(multiplier, schur[j])
+        inverse = inverse - outer(multiplier, inverse[j])
+        return jnp.concatenate((schur, inverse), axis=1)
+
+    work = loop(size, eliminate, jnp.concatenate((r, eye), axis=1))
+    pivots = jnp.stack([work[i, i] for i in range(size)])
+    return work[:, size:], pivots
+
+
+def symmetrize(p: Float[Array, "n n *lanes"]) -> Float[Array, "n n *lanes"]:
+    """Average a matrix with its transpose."""
+    return 0.5 * (p + transpose(p))
+
+
+def gram(a: Float[Array, "n m *lanes"]) -> Float[Array, "n n *lanes"]:
+    r"""Compute $AA^\top$ in every lane."""
+    return matmul(a, transpose(a))

@@ -1,0 +1,305 @@
+"""The Kalman filter as a recurrence whose blocks can be summarised."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
+
+from elkax.scan import lanes
+from elkax.scan.lanes import MAX_UNROLLED, dot, matmul, matvec, outer, transpose
+
+
+class Form(Protocol):
+    """How a covariance is stored; see `Covariance` and `SquareRoot`."""
+
+    def encode(self, covariance: Array) -> Array: ...
+    def decode(self, stored: Array) -> Array: ...
+    def cholesky(self, stored: Array) -> Array: ...
+    def times(self, stored: Array, x: Array) -> Array: ...
+    def predict(self, weights: Array, stored: Array, noise: Array) -> Array: ...
+    def observe(
+        self, stored: Array, row: Array, variance: Array, floor: Array, used: Array
+    ) -> tuple[Array, Array, Array, Array]: ...
+    def accumulate(self, stored: Array, columns: Array) -> Array: ...
+    def condition(self, stored: Array, information: Array) -> Array: ...
+
+
+class Model(NamedTuple):
+    r"""A linear-Gaussian model with uncorrelated measurement errors and its data.
+
+    $z_0 \sim N(m_0, P_0)$, $z_t = F_tz_{t-1} + c_t + N(0, Q_t)$,
+    $y_{ti} = h_{ti}^\top z_t + N(0, r_{ti})$ for t = 0, ..., T - 1. A field with a leading time
+    axis varies in time, one without is the same at all times; index 0 of F, c and Q is not used.
+
+    Attributes:
+        initial_mean: $m_0$ (D,).
+        initial_cov: $P_0$ (D, D), stored in the form in use.
+        weights: $F$, (D, D) or (T, D, D).
+        offset: $c$, (D,) or (T, D).
+        noise: $Q$, (D, D) or (T, D, D), stored in the form in use.
+        rows: $H$, (N, D) or (T, N, D).
+        variances: $r$, (N,) or (T, N).
+        values: $y$ (T, N) less its offsets; any finite number where missing.
+        observed: (T, N), False where missing.
+        first: (T,), True at t = 0 alone.
+        valid: (T,), False in padding, where nothing happens; None if there is none.
+    """
+
+    initial_mean: Array
+    initial_cov: Array
+    weights: Array
+    offset: Array
+    noise: Array
+    rows: Array
+    variances: Array
+    values: Array
+    observed: Array
+    first: Array
+    valid: Array | None = None
+
+
+# Number of axes of each field without time.
+RANKS = Model(1, 2, 2, 1, 2, 2, 1, 1, 1, 0, 0)
+
+
+def over_time(function: Callable[[Any, int], Any], model: Model) -> Model:
+    """Apply `function(field, rank)` to the fields that vary in time; the others become None."""
+    return Model(
+        *(
+            function(field, rank) if field is not None and field.ndim > rank else None
+            for field, rank in zip(model, RANKS, strict=True)
+        )
+    )
+
+
+def constant_part(model: Model) -> Model:
+    """Keep the fields that are the same at all times; the others become None."""
+    return Model(
+        *(
+            field if field is not None and field.ndim == rank else None
+            for field, rank in zip(model, RANKS, strict=True)
+        )
+    )
+
+
+class FilterOutput(NamedTuple):
+    r"""What one step of the filter gives.
+
+    Attributes:
+        mean: $m_{t|t}$ (D,).
+        cov: $P_{t|t}$ (D, D), stored in the form in use.
+        correction: $m_{t|t} - m_{t|t-1}$ (D,).
+        log_density: $\log p(y_t \mid y_{1:t-1})$ of the observed entries.
+        scaled: (N,) $v_i/\sqrt{s_i}$ of the uncorrelated scalar innovations, 0 where missing.
+    """
+
+    mean: Array
+    cov: Array
+    correction: Array
+    log_density: Array
+    scaled: Array
+
+
+class Summary(NamedTuple):
+    r"""A block of steps, given the state $z$ before it.
+
+    After the block the state is $N(Az + b, C)$, and its observations have the likelihood
+    $\propto\exp(\eta^\top z - \tfrac12 z^\top Jz)$. Notation of Särkkä & García-Fernández (2021).
+
+    Attributes:
+        a: $A$ (D, D).
+        b: $b$ (D,).
+        c: $C$ (D, D), stored in the form in use.
+        eta: $\eta$ (D,).
+        j: $J$ (D, D), stored in the form in use.
+        sound: whether every innovation covariance in the block was nonsingular.
+    """
+
+    a: Array
+    b: Array
+    c: Array
+    eta: Array
+    j: Array
+    sound: Array
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["fixed"], meta_fields=["form"])
+@dataclass(frozen=True)
+class KalmanFilter:
+    r"""The Kalman filter: a step predicts, then conditions on $y_t$ entry by entry.
+
+    The state is $(m_{t|t}, P_{t|t})$. Entries of $y_t$ have uncorrelated errors, so each is a
+    scalar update: no N x N matrix is formed, r = 0 is ordinary and missing entries are skipped.
+
+    Args:
+        fixed: the constant part of a `Model`.
+        form: how covariances are stored.
+    """
+
+    fixed: Model
+    form: Any
+
+    def at(self, x: Model) -> Model:
+        """Put the fixed and the time-varying fields together."""
+        return Model(*(f if v is None else v for f, v in zip(self.fixed, x, strict=True)))
+
+    def step(self, state: tuple[Array, Array], x: Model) -> tuple[tuple[Array, Array], FilterOutput]:
+        """Predict and update."""
+        model = self.at(x)
+        mean, cov = state
+        predicted = lanes.select(
+            model.first,
+            model.initial_mean,
+            _add(matvec(model.weights, mean), model.offset),
+            1,
+        )
+        noise = lanes.select(model.first, model.initial_cov, model.noise, 2)
+        cov = self.form.predict(model.weights, cov, noise)
+        floors = self._floors(model, cov)
+
+        def update(carry: tuple, entry: tuple) -> tuple[tuple, Array]:
+            correction, cov, log_density = carry
+            h, variance, value, used, floor = entry
+            residual = value - dot(h, predicted) - dot(h, correction)
+            s, singular, gain, cov = self.form.observe(cov, h, variance, floor, used)
+            active = used & ~singular
+            scaled = jnp.where(active, residual, 0.0) / jnp.sqrt(s)
+            density = -0.5 * (jnp.log(2 * jnp.pi * s) + scaled * scaled)
+            density = jnp.where(used, jnp.where(singular, jnp.nan, density), 0.0)
+            correction = correction + gain * jnp.where(active, residual, 0.0)
+            return (correction, cov, log_density + density), scaled
+
+        start = (jnp.zeros_like(predicted), cov, jnp.zeros(predicted.shape[1:], predicted.dtype))
+        (correction, cov, log_density), scaled = fold_rows(update, start, entries(model, floors))
+        output = FilterOutput(predicted + correction, cov, correction, log_density, scaled)
+        if model.valid is not None:
+            output = output._replace(
+                mean=jnp.where(model.valid, output.mean, mean),
+                cov=jnp.where(model.valid, cov, state[1]),
+                correction=jnp.where(model.valid, correction, 0.0),
+                log_density=jnp.where(model.valid, log_density, 0.0),
+                scaled=jnp.where(model.valid, scaled, 0.0),
+            )
+        return (output.mean, output.cov), output
+
+    def identity(self, lane_shape: tuple[int, ...], dtype: DTypeLike) -> Summary:
+        """Summarise no step: the state stays and nothing is observed."""
+        size = self.fixed.initial_mean.shape[0]
+        matrix = jnp.zeros((size, size, *lane_shape), dtype)
+        vector = jnp.zeros((size, *lane_shape), dtype)
+        eye = lanes.identity(size, lane_shape, dtype)
+        return Summary(eye, vector, matrix, vector, matrix, jnp.ones(lane_shape, bool))
+
+    def absorb(self, summary: Summary, x: Model) -> Summary:
+        """Lengthen a block by one step."""
+        model = self.at(x)
+        noise = lanes.select(model.first, model.initial_cov, model.noise, 2)
+        offset = lanes.select(model.first, model.initial_mean, model.offset, 1)
+        predicted = summary._replace(
+            a=matmul(model.weights, summary.a),
+            b=_add(matvec(model.weights, summary.b), offset),
+            c=self.form.predict(model.weights, summary.c, noise),
+        )
+        longer = self.observe(predicted, model)
+        if model.valid is None:
+            return longer
+        return jax.tree.map(lambda new, old: jnp.where(model.valid, new, old), longer, summary)
+
+    def observe(self, summary: Summary, model: Model) -> Summary:
+        """Condition the end of a block on the entries of one observation."""
+
+        def update(carry: tuple, entry: tuple) -> tuple[tuple, Array]:
+            a, b, c, eta, sound = carry
+            h, variance, value, used, floor = entry
+            through = matvec(transpose(a), h)
+            residual = value - dot(h, b)
+            s, singular, gain, c = self.form.observe(c, h, variance, floor, used)
+            column = jnp.where(used & ~singular, through / jnp.sqrt(s), 0.0)
+            scaled = residual / jnp.sqrt(s)
+            carry = (
+                a - outer(gain, through),
+                b + gain * residual,
+                c,
+                eta + column * scaled,
+                sound & ~singular,
+            )
+            return carry, column
+
+        start = (summary.a, summary.b, summary.c, summary.eta, summary.sound)
+        floors = self._floors(model, summary.c)
+        (a, b, c, eta, sound), columns = fold_rows(update, start, entries(model, floors))
+        j = self.form.accumulate(summary.j, transpose(columns))
+        return Summary(a, b, c, eta, j, sound)
+
+    def combine(self, left: Summary, right: Summary) -> Summary:
+        r"""Join two blocks.
+
+        With $X = (I + C_1J_2)^{-1}C_1$ and $Y = (I + J_2C_1)^{-1}J_2$, both positive
+        semi-definite and found without an inverse of $C_1$ or $J_2$:
+        $A = A_2(I - XJ_2)A_1$, $b = A_2(b_1 + X(\eta_2 - J_2b_1)) + b_2$, $C = A_2XA_2^\top + C_2$,
+        $\eta = \eta_1 + A_1^\top(I - J_2X)(\eta_2 - J_2b_1)$, $J = A_1^\top YA_1 + J_1$.
+        """
+        a1, b1, c1, eta1, j1, _ = left
+        a2, b2, c2, eta2, j2, _ = right
+        form = self.form
+        x, y = form.condition(c1, j2), form.condition(j2, c1)
+        surprise = eta2 - form.times(j2, b1)
+        moved = form.times(x, surprise)
+        x_full, j2_full = form.decode(x), form.decode(j2)
+        return Summary(
+            matmul(a2, a1 - matmul(x_full, matmul(j2_full, a1))),
+            matvec(a2, b1 + moved) + b2,
+            form.predict(a2, x, c2),
+            eta1 + matvec(transpose(a1), surprise - form.times(j2, moved)),
+            form.predict(transpose(a1), y, j1),
+            left.sound & right.sound,
+        )
+
+    def apply(self, summary: Summary, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Jump over a block."""
+        mean, cov = state
+        a, b, c, eta, j, _ = summary
+        x = self.form.condition(cov, j)
+        mean = mean + self.form.times(x, eta - self.form.times(j, mean))
+        return matvec(a, mean) + b, self.form.predict(a, x, c)
+
+    def sound(self, summary: Summary) -> Array:
+        """Tell whether the block's innovation covariances were nonsingular."""
+        return summary.sound
+
+    def _floors(self, model: Model, cov: Array) -> Array:
+        """Size of the terms that each innovation variance is summed from, (N, lanes)."""
+        stored = self.form.decode(cov)
+        diagonal = jnp.stack([stored[i, i] for i in range(stored.shape[0])])
+        return _add(matvec(model.rows * model.rows, diagonal), model.variances)
+
+
+def entries(model: Model, floors: Array) -> tuple[Array, ...]:
+    """Give what the scalar updates of one observation run over, leading axis N."""
+    return model.rows, model.variances, model.values, model.observed, floors
+
+
+def fold_rows(
+    update: Callable[[PyTree, PyTree], tuple[PyTree, Array]], carry: PyTree, rows: PyTree
+) -> tuple[PyTree, Array]:
+    """Fold over the entries of an observation, written out if they are few."""
+    count = jax.tree.leaves(rows)[0].shape[0]
+    if count > MAX_UNROLLED:
+        return jax.lax.scan(update, carry, rows)
+    outputs = []
+    for i in range(count):
+        carry, output = lanes.materialize(
+            update(carry, jax.tree.map(lambda leaf, i=i: leaf[i], rows))
+        )
+        outputs.append(output)
+    return carry, jnp.stack(outputs)
+
+
+def _add(a: Array, b: Array) -> Array:
+    a, b = lanes.align(a, 1, b, 1)
+    return a + b

@@ -1,0 +1,73 @@
+"""Propagation of a mean and a covariance through affine-Gaussian steps."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from elkax.scan import lanes
+from elkax.scan.lanes import matmul, matvec
+
+
+class Transition(NamedTuple):
+    r"""An affine-Gaussian map $z \mapsto N(Mz + g, U)$, of one step or of a block.
+
+    Attributes:
+        weights: $M$ (D, D).
+        offset: $g$ (D,).
+        cov: $U$ (D, D), stored in the form in use.
+    """
+
+    weights: Array
+    offset: Array
+    cov: Array
+
+
+@dataclass(frozen=True)
+class GaussMarkov:
+    r"""The recurrence $(m, P) \mapsto (Mm + g, MPM^\top + U)$.
+
+    Run backwards it is the Rauch-Tung-Striebel smoother (M the gain) and the Bryson-Frazier
+    costates (M the transposed closed-loop transition); run forwards it is prediction. The
+    summary of a block is its own transition.
+
+    Args:
+        size: D.
+        form: how covariances are stored.
+    """
+
+    size: int
+    form: Any
+
+    def step(
+        self, state: tuple[Array, Array], x: Transition
+    ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        """Advance one step; the output is the new mean and covariance."""
+        mean, cov = state
+        new = matvec(x.weights, mean) + x.offset, self.form.predict(x.weights, cov, x.cov)
+        return new, new
+
+    def identity(self, lane_shape: tuple[int, ...], dtype: DTypeLike) -> Transition:
+        """Return $M = I$, $g = 0$, $U = 0$."""
+        zero = jnp.zeros((self.size, *lane_shape), dtype)
+        matrix = jnp.zeros((self.size, self.size, *lane_shape), dtype)
+        return Transition(lanes.identity(self.size, lane_shape, dtype), zero, matrix)
+
+    def combine(self, left: Transition, right: Transition) -> Transition:
+        r"""Join two blocks: $(M_2M_1, M_2g_1 + g_2, M_2U_1M_2^\top + U_2)$."""
+        (offset, cov), _ = self.step((left.offset, left.cov), right)
+        return Transition(matmul(right.weights, left.weights), offset, cov)
+
+    def absorb(self, summary: Transition, x: Transition) -> Transition:
+        """Lengthen a block; one step is its own summary."""
+        return self.combine(summary, x)
+
+    def apply(self, summary: Transition, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Jump over a block."""
+        return self.step(state, summary)[0]
+
+    def sound(self, summary: Transition) -> bool:
+        """Every block has a summary."""
+        return True

@@ -1,0 +1,115 @@
+"""Square-root form: a covariance is stored as a lower factor."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from elkax.gaussian.factor import gram, psd_cholesky, solve_lower, tria
+from elkax.scan import lanes
+from elkax.scan.lanes import matmul, matvec, outer, transpose
+
+
+@dataclass(frozen=True)
+class SquareRoot:
+    r"""Gaussian algebra on lower factors, $P = LL^\top$ and $J = ZZ^\top$, possibly singular.
+
+    Covariances are positive semi-definite by construction and keep about twice the digits of
+    the covariance form, at roughly twice the cost.
+    """
+
+    def encode(self, covariance: Float[Array, "n n *lanes"]) -> Array:
+        """Store a covariance as its guarded Cholesky factor."""
+        return psd_cholesky(covariance)
+
+    def decode(self, stored: Float[Array, "n n *lanes"]) -> Array:
+        r"""Return $LL^\top$."""
+        return gram(stored)
+
+    def cholesky(self, stored: Float[Array, "n n *lanes"]) -> Array:
+        """Return the stored factor."""
+        return stored
+
+    def times(self, stored: Float[Array, "n n *lanes"], x: Array) -> Array:
+        r"""Compute $L(L^\top x)$."""
+        return matvec(stored, matvec(transpose(stored), x))
+
+    def predict(self, weights: Array, stored: Array, noise: Array) -> Array:
+        r"""Compute the factor of $FLL^\top F^\top + L_QL_Q^\top$ by one triangularisation."""
+        return tria(_beside(matmul(weights, stored), noise))
+
+    def observe(
+        self,
+        stored: Float[Array, "n n *lanes"],
+        row: Array,
+        variance: Array,
+        floor: Array,
+        used: Bool[Array, "*lanes"],
+    ) -> tuple[Array, Array, Array, Array]:
+        r"""Condition on one scalar $y = h^\top z + \mathcal N(0, r)$.
+
+        With $f = L^\top h$ and $\sigma_j = r + \sum_{i>j} f_i^2$, the factor of the conditional
+        covariance $L(I - ff^\top/\sigma_0)L^\top$ has the columns
+        $\sqrt{\sigma_j/\sigma_{j-1}}\,L_j - f_j(\sigma_j\sigma_{j-1})^{-1/2}\sum_{i>j}f_iL_i$:
+        nothing cancels on the diagonal and r = 0 is ordinary. Arguments and returns as in
+        `Covariance.observe`.
+
+        References:
+            Carlson (1973), AIAA Journal 11(9); here for a lower factor.
+        """
+        f = matvec(transpose(stored), row)
+        f = jnp.where(used, f, 0.0)
+        later = variance + _sum_later(f * f)  # sigma_j
+        from_here = later + f * f  # sigma_{j-1}
+        s = from_here[0]
+        level = (8 * jnp.finfo(s.dtype).eps) ** 2
+        singular = used & (s <= level * floor)
+        active = used & ~singular
+        f = jnp.where(active, f, 0.0)
+        columns = _sum_later(f[None] * stored, axis=1)
+        gain = (columns[:, 0] + f[0] * stored[:, 0]) / jnp.where(active, s, 1.0)
+        some = active & (from_here > 0)
+        safe = jnp.where(some, from_here, 1.0)
+        shrink = jnp.where(some, jnp.sqrt(later / safe), 1.0)
+        both = jnp.where(some & (later > 0), jnp.sqrt(jnp.where(later > 0, later, 1.0) * safe), 1.0)
+        conditional = stored * shrink[None] - columns * (f / both)[None]
+        return jnp.where(active, s, 1.0), singular, gain, conditional
+
+    def accumulate(self, stored: Array, columns: Array) -> Array:
+        r"""Compute the factor of $ZZ^\top + GG^\top$."""
+        return tria(_beside(stored, columns))
+
+    def condition(self, stored: Array, information: Array) -> Array:
+        r"""Compute a factor of $(I + PJ)^{-1}P$ for $P = LL^\top$, $J = ZZ^\top$.
+
+        With $\Psi\Psi^\top = I + L^\top ZZ^\top L$, found by triangularising $[L^\top Z, I]$, it
+        is $L\Psi^{-\top}$.
+        """
+        cross = matmul(transpose(stored), information)
+        eye = lanes.identity(cross.shape[0], cross.shape[2:], cross.dtype)
+        return transpose(solve_lower(tria(_beside(cross, eye)), transpose(stored)))
+
+
+def _beside(left: Array, right: Array) -> Array:
+    """Put two matrices side by side, one without lanes being the same in every lane."""
+    left, right = lanes.align(left, 2, right, 2)
+    shape = jnp.broadcast_shapes(left.shape[2:], right.shape[2:])
+    left = jnp.broadcast_to(left, left.shape[:2] + shape)
+    right = jnp.broadcast_to(right, right.shape[:2] + shape)
+    return jnp.concatenate((left, right), axis=1)
+
+
+def _sum_later(x: Array, axis: int = 0) -> Array:
+    """Sum the entries that come after each one along an axis, without subtracting anything."""
+    size = x.shape[axis]
+    if size > lanes.MAX_UNROLLED:
+        later = jnp.concatenate(
+            (jax.lax.slice_in_dim(x, 1, size, axis=axis),
+             jnp.zeros_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis))),
+            axis,
+        )
+        return jax.lax.cumsum(later, axis, reverse=True)
+    mask = jnp.triu(jnp.ones((size, size), x.dtype), 1)
+    mask = mask.reshape((size, size) + (1,) * (x.ndim - 1 - axis))
+    return jnp.sum(mask * jnp.expand_dims(x, axis), axis=axis + 1)

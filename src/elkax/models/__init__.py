@@ -1,0 +1,29 @@
+"""Models: dynamax's linear-Gaussian classes, structural components, maximum likelihood."""
+
+from elkax.models.arma import arma
+from elkax.models.combination import combine
+from elkax.models.information import transform_errors
+from elkax.models.linear_gaussian import LinearGaussianConjugateSSM, LinearGaussianSSM
+from elkax.models.maximum_likelihood import MaximumLikelihoodFit, maximum_likelihood
+from elkax.models.regression import regression
+from elkax.models.structural import (
+    local_level,
+    local_linear_trend,
+    seasonal,
+    trigonometric_seasonal,
+)
+
+__all__ = [
+    "LinearGaussianConjugateSSM",
+    "LinearGaussianSSM",
+    "MaximumLikelihoodFit",
+    "arma",
+    "combine",
+    "local_level",
+    "local_linear_trend",
+    "maximum_likelihood",
+    "regression",
+    "seasonal",
+    "transform_errors",
+    "trigonometric_seasonal",
+]

@@ -1,0 +1,98 @@
+"""What every structural component is made of: checked variances and univariate parameters."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from dynamax.linear_gaussian_ssm import ParamsLGSSM
+from dynamax.linear_gaussian_ssm.inference import (
+    ParamsLGSSMDynamics,
+    ParamsLGSSMEmissions,
+    ParamsLGSSMInitial,
+)
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+Numbers = ArrayLike | Sequence[ArrayLike]
+
+
+def concrete(value: Numbers) -> np.ndarray | None:
+    """Give the numbers of a value, or None while any of it is traced by a transformation."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
+        return None
+    return np.asarray(value)
+
+
+def floating_dtype(*values: Numbers | None) -> jnp.dtype:
+    """Give the floating-point dtype that the arguments of a component share.
+
+    Python numbers and integers adapt to the arrays beside them.
+    """
+    return jnp.result_type(float, *jax.tree.leaves(values))
+
+
+def variances(
+    name: str, value: Numbers, dtype: jnp.dtype, size: int | None = None
+) -> Float[Array, "..."]:
+    """Check a variance, or a vector of them.
+
+    Args:
+        name: argument to name in errors.
+        value: scalar, or where `size` is given also one value for each of `size` entries.
+        dtype: of the result.
+        size: length of the result; a scalar result if None.
+
+    Returns:
+        Array of shape () or (size,).
+
+    Raises:
+        ValueError: on another shape, or a value known to be negative.
+    """
+    array = _filled(name, value, dtype, size)
+    known = concrete(value)
+    if known is not None and np.any(known < 0):
+        raise ValueError(f"{name} must not be negative, got {known}")
+    return array
+
+
+def means(name: str, value: Numbers | None, dtype: jnp.dtype, size: int) -> Float[Array, " D"]:
+    """Check an initial mean: None for zero, one number for all states, or shape (size,)."""
+    return _filled(name, 0.0 if value is None else value, dtype, size)
+
+
+def _filled(name: str, value: Numbers, dtype: jnp.dtype, size: int | None) -> Array:
+    array = jnp.asarray(value, dtype)
+    if array.shape not in ((), () if size is None else (size,)):
+        expected = "a scalar" if size is None else f"a scalar or of shape ({size},)"
+        raise ValueError(f"{name} must be {expected}, got shape {array.shape}")
+    return jnp.broadcast_to(array, () if size is None else (size,))
+
+
+def component(
+    *,
+    initial_mean: Float[Array, " D"],
+    initial_cov: Float[Array, "D D"],
+    weights: ArrayLike,
+    cov: Float[Array, "D D"],
+    emission_weights: ArrayLike,
+    emission_variance: Float[Array, ""],
+    emission_bias: ArrayLike = 0.0,
+) -> ParamsLGSSM:
+    """Put the pieces of a univariate component without inputs into dynamax's parameters."""
+    dtype, size = cov.dtype, cov.shape[0]
+    return ParamsLGSSM(
+        initial=ParamsLGSSMInitial(mean=initial_mean, cov=initial_cov),
+        dynamics=ParamsLGSSMDynamics(
+            weights=jnp.asarray(weights, dtype),
+            bias=jnp.zeros(size, dtype),
+            input_weights=jnp.zeros((size, 0), dtype),
+            cov=cov,
+        ),
+        emissions=ParamsLGSSMEmissions(
+            weights=jnp.asarray(emission_weights, dtype),
+            bias=jnp.asarray(emission_bias, dtype)[None],
+            input_weights=jnp.zeros((1, 0), dtype),
+            cov=emission_variance[None, None],
+        ),
+    )

@@ -1,0 +1,141 @@
+"""Products of small matrices laid side by side in vector lanes.
+
+Every kernel takes its matrix axes first and any number of trailing lane axes, so that one
+kernel serves a single step (no lanes), K blocks side by side, or all T steps at once. An operand
+without lanes is the same for every lane.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree, Shaped
+
+from elkax.scan.fallback import all_lanes
+
+# Up to this inner dimension a product is written out over lanes: XLA's batched matmul calls
+# BLAS once per lane, which costs far more than the arithmetic (measured on CPU).
+MAX_UNROLLED = 8
+
+
+def align(
+    a: Shaped[Array, "..."], rank_a: int, b: Shaped[Array, "..."], rank_b: int
+) -> tuple[Array, Array]:
+    """Give two operands the same number of lane axes.
+
+    Args:
+        a: first operand, its first `rank_a` axes are matrix axes, the others lanes.
+        rank_a: number of matrix axes of `a`.
+        b: second operand.
+        rank_b: number of matrix axes of `b`.
+
+    Returns:
+        Both operands; the one with fewer lane axes gets trailing axes of length one.
+    """
+    lanes_a, lanes_b = a.ndim - rank_a, b.ndim - rank_b
+    if lanes_a < lanes_b:
+        a = a.reshape(a.shape + (1,) * (lanes_b - lanes_a))
+    elif lanes_b < lanes_a:
+        b = b.reshape(b.shape + (1,) * (lanes_a - lanes_b))
+    return a, b
+
+
+def transpose(a: Shaped[Array, "n m *lanes"]) -> Shaped[Array, "m n *lanes"]:
+    """Swap the two matrix axes."""
+    return jnp.swapaxes(a, 0, 1)
+
+
+def materialize(tree: PyTree) -> PyTree:
+    """Return the arguments unchanged, but computed once.
+
+    XLA fuses a chain of small written-out products into one loop on CPU and then computes every
+    intermediate anew for each element that needs it: two products in a row cost D times what they
+    should. It keeps no optimization barrier until then, but it never fuses across a conditional.
+    The condition below always holds, which XLA does not find out; elsewhere, and without lanes,
+    this does nothing.
+    """
+    leaves = jax.tree.leaves(tree)
+    if max(leaf.ndim for leaf in leaves) < 3 or jax.default_backend() != "cpu":
+        return tree
+    probe = jax.lax.stop_gradient(leaves[0].ravel()[0])
+    return jax.lax.cond(
+        all_lanes(~((probe > 0) & (probe < 0))),
+        lambda value: value,
+        lambda value: jax.tree.map(jnp.zeros_like, value),
+        tree,
+    )
+
+
+def _contract(terms: Callable[[int], Array], count: int) -> Array:
+    """Add up the terms of a short contraction, written out."""
+    total = terms(0)
+    for j in range(1, count):
+        total = total + terms(j)
+    return total
+
+
+def matmul(a: Shaped[Array, "n k *lanes_a"], b: Shaped[Array, "k m *lanes_b"]) -> Array:
+    r"""Compute $AB$ in every lane, shape (n, m, lanes)."""
+    if a.ndim == 2 and b.ndim == 2 and a.shape[1] > MAX_UNROLLED:
+        return jnp.matmul(a, b, precision="highest")
+    a, b = align(a, 2, b, 2)
+    if a.shape[1] <= MAX_UNROLLED:
+        return materialize(_contract(lambda j: a[:, j, None] * b[None, j], a.shape[1]))
+    front = jnp.matmul(
+        jnp.moveaxis(a, (0, 1), (-2, -1)), jnp.moveaxis(b, (0, 1), (-2, -1)), precision="highest"
+    )
+    return jnp.moveaxis(front, (-2, -1), (0, 1))
+
+
+def matvec(a: Shaped[Array, "n k *lanes_a"], x: Shaped[Array, "k *lanes_x"]) -> Array:
+    r"""Compute $Ax$ in every lane, shape (n, lanes)."""
+    a, x = align(a, 2, x, 1)
+    if a.shape[1] <= MAX_UNROLLED:
+        return _contract(lambda j: a[:, j] * x[j], a.shape[1])
+    return jnp.sum(a * x[None], axis=1)
+
+
+def dot(x: Shaped[Array, "n *lanes_x"], y: Shaped[Array, "n *lanes_y"]) -> Array:
+    r"""Compute $x^\top y$ in every lane, shape (lanes)."""
+    x, y = align(x, 1, y, 1)
+    if x.shape[0] <= MAX_UNROLLED:
+        return _contract(lambda j: x[j] * y[j], x.shape[0])
+    return jnp.sum(x * y, axis=0)
+
+
+def outer(x: Shaped[Array, "n *lanes_x"], y: Shaped[Array, "m *lanes_y"]) -> Array:
+    r"""Compute $xy^\top$ in every lane, shape (n, m, lanes)."""
+    x, y = align(x, 1, y, 1)
+    return x[:, None] * y[None]
+
+
+def select(condition: Array, a: Array, b: Array, rank: int) -> Array:
+    """Choose `a` in the lanes where `condition` holds and `b` elsewhere.
+
+    Args:
+        condition: boolean, lane axes only.
+        a: operand with `rank` matrix axes.
+        b: operand with `rank` matrix axes.
+        rank: number of matrix axes.
+    """
+    a, b = align(a, rank, b, rank)
+    if a.ndim - rank < condition.ndim:
+        a = a.reshape(a.shape + (1,) * (condition.ndim - a.ndim + rank))
+        b = b.reshape(b.shape + (1,) * (condition.ndim - b.ndim + rank))
+    return jnp.where(condition, a, b)
+
+
+def identity(size: int, lanes: tuple[int, ...], dtype) -> Array:
+    """Return the identity matrix in every lane, shape (size, size, lanes)."""
+    eye = jnp.eye(size, dtype=dtype)
+    return jnp.broadcast_to(eye.reshape((size, size) + (1,) * len(lanes)), (size, size, *lanes))
+
+
+def to_lanes(tree_leaf: Array) -> Array:
+    """Move the leading time axis to the end, where it is a lane axis."""
+    return jnp.moveaxis(tree_leaf, 0, -1)
+
+
+def from_lanes(tree_leaf: Array) -> Array:
+    """Move the last lane axis to the front, where it is the time axis."""
+    return jnp.moveaxis(tree_leaf, -1, 0)

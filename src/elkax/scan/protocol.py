@@ -1,0 +1,97 @@
+"""What a recurrence must offer to be run by every backend."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
+
+State = PyTree
+Summary = PyTree
+
+
+@runtime_checkable
+class Scannable(Protocol):
+    r"""A recurrence $(s_t, o_t) = \mathrm{step}(s_{t-1}, x_t)$ whose blocks can be summarised.
+
+    A *summary* of the block $x_{i:j}$ is whatever carries a state before the block to the state
+    after it. Leaves of states, summaries and inputs have their matrix axes first and any number
+    of trailing lane axes, the same for all; the methods work in every lane independently.
+
+    Laws, up to rounding:
+
+    - `absorb(s, x)` equals `combine(s, absorb(identity, x))`;
+    - `combine` is associative, with `identity` as its neutral element;
+    - `apply(summary of a block, state)` is the fold of `step` over the block.
+    """
+
+    def step(self, state: State, x: PyTree) -> tuple[State, PyTree]:
+        """Advance one step and give that step's output."""
+        ...
+
+    def identity(self, lanes: tuple[int, ...], dtype: DTypeLike) -> Summary:
+        """Return the summary of an empty block in every lane."""
+        ...
+
+    def absorb(self, summary: Summary, x: PyTree) -> Summary:
+        """Lengthen a block by one step at its end."""
+        ...
+
+    def combine(self, left: Summary, right: Summary) -> Summary:
+        """Join the summaries of two neighbouring blocks, `left` being run first."""
+        ...
+
+    def apply(self, summary: Summary, state: State) -> State:
+        """Jump from the state before a block to the state after it."""
+        ...
+
+    def sound(self, summary: Summary) -> Array | bool:
+        """Tell, in every lane, whether the summary exists.
+
+        A recurrence may be defined where the summary of a block is not (a Kalman filter whose
+        innovation covariance is singular for an exactly known block start). Backends then give
+        way to `Sequential`. The constant `True` says that every summary exists.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """A way to run a `Scannable` over a sequence."""
+
+    def __call__(
+        self, scannable: Scannable, state: State, xs: PyTree, *, reverse: bool = False
+    ) -> tuple[State, PyTree]:
+        """Run the recurrence, as `jax.lax.scan` does.
+
+        Args:
+            scannable: the recurrence.
+            state: state before the first step, without lanes.
+            xs: inputs, every leaf with leading axis T >= 1.
+            reverse: run from the last input to the first.
+
+        Returns:
+            The state after the last step run, and the outputs with leading axis T.
+        """
+        ...
+
+
+def sequence_length(xs: PyTree) -> int:
+    """Return the common leading length of all leaves.
+
+    Raises:
+        ValueError: if there is no leaf, lengths differ, or the length is zero.
+    """
+    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(xs)}
+    if len(lengths) != 1 or None in lengths:
+        raise ValueError(
+            f"xs must have leaves of one common leading length T, got {sorted(map(str, lengths))}"
+        )
+    (length,) = lengths
+    if length == 0:
+        raise ValueError("xs must hold at least one time step, got T = 0")
+    return length
+
+
+def state_dtype(state: Any) -> DTypeLike:
+    """Return the dtype that the floating-point leaves of a state share."""
+    return jax.numpy.result_type(*jax.tree.leaves(state))

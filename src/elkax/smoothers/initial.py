@@ -1,0 +1,206 @@
+"""Initial distributions that parameters alone cannot say: stationary and exactly diffuse."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from elkax.gaussian import Model
+from elkax.gaussian.factor import cho_solve, is_regular, psd_cholesky
+from elkax.gaussian.covariance import Covariance
+from elkax.scan.lanes import from_lanes, to_lanes
+
+# Enough doublings for a spectral radius within 1e-12 of one.
+_DOUBLINGS = 48
+
+
+@dataclass(frozen=True)
+class Stationary:
+    r"""Start from the stationary distribution of the dynamics.
+
+    $m_0 = (I - F)^{-1}c$ and $P_0 = FP_0F^\top + Q$, in place of the initial mean and covariance
+    of the parameters. Needs dynamics that do not vary in time; a spectral radius of one or more
+    has no stationary distribution and gives NaN.
+    """
+
+    def resolve(self, model: Model) -> Model:
+        """Return the model with the stationary initial moments.
+
+        Raises:
+            ValueError: if the dynamics vary in time.
+        """
+        if model.weights.ndim != 2 or model.noise.ndim != 2 or model.offset.ndim != 1:
+            raise ValueError(
+                "Stationary() needs dynamics that do not vary in time (weights, covariance, bias, "
+                f"no inputs), got weights {model.weights.shape}, covariance {model.noise.shape}, "
+                f"offset {model.offset.shape}"
+            )
+
+        def double(carry: tuple, _: None) -> tuple[tuple, None]:
+            weights, mean, cov = carry
+            mean = mean + weights @ mean
+            cov = Covariance().predict(weights, cov, cov)
+            return (weights @ weights, mean, cov), None
+
+        start = (model.weights, model.offset, model.noise)
+        (rest, mean, cov), _ = jax.lax.scan(double, start, None, length=_DOUBLINGS)
+        # F^(2^48) is zero exactly if and only if the dynamics forget their start.
+        settled = jnp.max(jnp.abs(rest)) < 1.0
+        return model._replace(
+            initial_mean=jnp.where(settled, mean, jnp.nan),
+            initial_cov=jnp.where(settled, cov, jnp.nan),
+        )
+
+
+@dataclass(frozen=True)
+class ExactDiffuse:
+    r"""Start from the limit of infinite prior variance, taken exactly.
+
+    The initial state is $z_1 = m_0 + A\delta + N(0, P_0)$, where $\delta$ holds the diffuse
+    components, with a flat prior, and $P_0$ is the initial covariance of the parameters without
+    the rows and columns of those components. Everything is computed given $\delta$, whose
+    likelihood $\exp(\eta^\top\delta - \tfrac12\delta^\top J\delta)$ comes from the innovations,
+    and $\delta$ is integrated out afterwards. The log-likelihood is the diffuse one,
+    $\lim_{\kappa\to\infty}\log p(y \mid \kappa) + \tfrac d2\log\kappa$
+    $= \ell(0) + \tfrac12\eta^\top J^{-1}\eta - \tfrac12\log|J|$. Filtered moments are NaN at the
+    times at which the data so far do not identify $\delta$.
+
+    Args:
+        components: which states are diffuse, one bool each; all if None.
+
+    References:
+        de Jong (1991), Annals of Statistics 19(2); Durbin & Koopman (2012), Ch. 5.
+    """
+
+    components: tuple[bool, ...] | None = None
+
+    def resolve(self, model: Model) -> Model:
+        """Return the model for delta = 0.
+
+        Raises:
+            ValueError: if `components` does not fit the state, or names none.
+        """
+        mask = jnp.asarray(self._mask(model.initial_mean.shape[0]))
+        keep = ~mask[:, None] & ~mask[None, :]
+        return model._replace(initial_cov=jnp.where(keep, model.initial_cov, 0.0))
+
+    def _mask(self, size: int) -> tuple[bool, ...]:
+        mask = (True,) * size if self.components is None else tuple(map(bool, self.components))
+        if len(mask) != size or not any(mask):
+            raise ValueError(
+                f"components must be {size} bools, at least one of them True, got {self.components}"
+            )
+        return mask
+
+    def columns(self, model: Model) -> Model:
+        """Stack the model for delta = 0 and, without data or offsets, for each unit delta."""
+        mask = self._mask(model.initial_mean.shape[0])
+        units = jnp.eye(len(mask), dtype=model.initial_mean.dtype)
+        units = units[jnp.asarray([i for i, diffuse in enumerate(mask) if diffuse])]
+
+        def stack(first: Array, rest: Array) -> Array:
+            return jnp.concatenate((first[None], rest))
+
+        def zeros(like: Array) -> Array:
+            return jnp.zeros((len(units), *like.shape), like.dtype)
+
+        return model._replace(
+            initial_mean=stack(model.initial_mean, units),
+            offset=stack(model.offset, zeros(model.offset)),
+            values=stack(model.values, zeros(model.values)),
+        )
+
+    def run(self, function: Callable[[Model], Any], model: Model) -> Any:
+        """Evaluate a function for every column of `columns`; covariances are shared."""
+        axes = Model(*(None if field is None else -1 for field in model))
+        axes = axes._replace(**{n: None for n in model._fields})
+        axes = axes._replace(initial_mean=0, offset=0, values=0)
+        return jax.vmap(function, in_axes=(axes,))(self.columns(model))
+
+
+class DiffuseEffect(NamedTuple):
+    r"""The estimate of $\delta$ from data up to some time.
+
+    Attributes:
+        mean: $J^{-1}\eta$ (..., d).
+        cov: $J^{-1}$ (..., d, d).
+        information: $J$ (..., d, d).
+        score: $\eta$ (..., d).
+        known: whether $J$ is nonsingular (...).
+        log_det: $\log|J|$ (...).
+    """
+
+    mean: Array
+    cov: Array
+    information: Array
+    score: Array
+    known: Array
+    log_det: Array
+
+
+def estimate_diffuse(scaled: Array) -> DiffuseEffect:
+    r"""Estimate $\delta$ from standardized innovations, at every time.
+
+    Args:
+        scaled: (1 + d, T, N) standardized innovations for $\delta = 0$ and of each unit $\delta$.
+
+    Returns:
+        Estimates from data up to t, leading axis T; NaN where $\delta$ is not identified.
+    """
+    base, units = scaled[0], scaled[1:]
+    score = -jnp.cumsum(jnp.einsum("itn,tn->ti", units, base, precision="highest"), axis=0)
+    information = jnp.cumsum(
+        jnp.einsum("itn,jtn->tij", units, units, precision="highest"), axis=0
+    )
+    scale = jnp.sqrt(jnp.diagonal(information[-1]))
+    scale = jnp.where(scale > 0, scale, 1.0)
+    # Equilibrated, so that states on different scales are not taken for unidentified.
+    balanced = to_lanes(information / (scale[:, None] * scale[None]))
+    factor = psd_cholesky(balanced)
+    pivots = jnp.stack([factor[i, i] for i in range(factor.shape[0])])
+    level = 100 * jnp.finfo(scaled.dtype).eps
+    known = is_regular(factor) & jnp.all(pivots * pivots > level, axis=0)
+    eye = jnp.eye(len(scale), dtype=scaled.dtype)
+    safe = jnp.where(known, factor, eye[..., None])
+    inverse = from_lanes(cho_solve(safe, jnp.broadcast_to(eye[..., None], safe.shape)))
+    cov = inverse / (scale[:, None] * scale[None])
+    cov = jnp.where(known[:, None, None], cov, jnp.nan)
+    safe_pivots = jnp.where(known, pivots, 1.0)
+    log_det = 2 * jnp.sum(jnp.log(safe_pivots), axis=0) + 2 * jnp.sum(jnp.log(scale))
+    return DiffuseEffect(
+        mean=jnp.einsum("tij,tj->ti", cov, score, precision="highest"),
+        cov=cov,
+        information=information,
+        score=score,
+        known=known,
+        log_det=jnp.where(known, log_det, jnp.nan),
+    )
+
+
+def integrate(
+    means: Array, cov: Array, effect_mean: Array, effect_cov: Array, other: Array | None = None
+) -> tuple[Array, Array]:
+    r"""Integrate $\delta$ out of moments that are affine in it.
+
+    Args:
+        means: (1 + d, T, D): mean for $\delta = 0$ and its change with each unit $\delta$.
+        cov: (T, D, D) given $\delta$.
+        effect_mean: (d,) or (T, d).
+        effect_cov: (d, d) or (T, d, d).
+        other: (d, T, D) change of the other side for a cross-covariance; `means` itself if None.
+
+    Returns:
+        Mean and covariance.
+    """
+    units = jnp.moveaxis(means[1:], 0, -1)
+    right = units if other is None else jnp.moveaxis(other, 0, -1)
+    mean = means[0] + jnp.einsum("tij,...j->ti" if effect_mean.ndim == 1 else "tij,tj->ti",
+                                 units, effect_mean, precision="highest")
+    spread = jnp.matmul(
+        jnp.matmul(units, effect_cov, precision="highest"),
+        jnp.swapaxes(right, -1, -2), precision="highest",
+    )
+    return mean, cov + spread

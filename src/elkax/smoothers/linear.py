@@ -1,0 +1,246 @@
+"""Kalman filter, smoother and likelihood of linear-Gaussian state-space models."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from dynamax.linear_gaussian_ssm import (
+    ParamsLGSSM,
+    PosteriorGSSMFiltered,
+    PosteriorGSSMSmoothed,
+)
+from jaxtyping import Array, ArrayLike
+
+from elkax.gaussian import Form, Model
+from elkax.gaussian.score import (
+    covariance_derivative,
+    encode_model,
+    filter_model,
+    filter_moments,
+    log_likelihood,
+)
+from elkax.gaussian.smoothing import Smoothed, smooth
+from elkax.scan import Backend
+from elkax.scan.lanes import from_lanes, to_lanes
+from elkax.smoothers.initial import ExactDiffuse, Stationary, estimate_diffuse, integrate
+from elkax.smoothers.prepare import Problem, check_backend, find_form, prepare
+
+Initial = Stationary | ExactDiffuse | None
+
+
+class FilterSmoother(NamedTuple):
+    """Filtered and smoothed moments of one model.
+
+    Attributes:
+        mean: filtered (T, D).
+        cov: filtered (T, D, D).
+        log_density: (T,).
+        scaled: (T, N) standardized innovations.
+        smoothed: smoothed moments.
+    """
+
+    mean: Array
+    cov: Array
+    log_density: Array
+    scaled: Array
+    smoothed: Smoothed
+
+
+@covariance_derivative
+def filter_and_smooth(model: Model, form: Any, backend: Backend | None) -> FilterSmoother:
+    """Filter and smooth a model whose covariances are themselves; see `filter_model`, `smooth`."""
+    filtered = filter_model(model, form, backend)
+    smoothed = smooth(encode_model(model, form), filtered, form, backend)
+    cov = from_lanes(form.decode(to_lanes(filtered.cov)))
+    return FilterSmoother(filtered.mean, cov, filtered.log_density, filtered.scaled, smoothed)
+
+
+def setup(
+    params: ParamsLGSSM,
+    emissions: ArrayLike,
+    inputs: ArrayLike | None,
+    *,
+    backend: Backend | None,
+    form: str,
+    initial: Initial,
+    length: ArrayLike | None = None,
+) -> tuple[Problem, Form]:
+    """Check all arguments that the inference functions share and prepare the problem."""
+    check_backend(backend)
+    stored = find_form(form)
+    if initial is not None and not isinstance(initial, Stationary | ExactDiffuse):
+        raise TypeError(
+            f"initial must be None, elkax.Stationary() or elkax.ExactDiffuse(), got {initial!r}"
+        )
+    problem = prepare(params, emissions, inputs, length=length)
+    if initial is not None:
+        problem = problem._replace(model=initial.resolve(problem.model))
+    return problem, stored
+
+
+def poison(value: Array, finite: Array) -> Array:
+    """Return NaN if a parameter is not finite, even one that no observation depends on."""
+    return jnp.where(finite, value, jnp.nan)
+
+
+@partial(jax.jit, static_argnames=("form", "backend", "initial"))
+def _filter(
+    model: Model, finite: Array, *, form: Form, backend: Backend | None, initial: Initial
+) -> PosteriorGSSMFiltered:
+    if not isinstance(initial, ExactDiffuse):
+        filtered = filter_moments(model, form, backend)
+        log_likelihood = jnp.sum(filtered.log_density)
+        return PosteriorGSSMFiltered(poison(log_likelihood, finite), filtered.mean, filtered.cov)
+    filtered = initial.run(lambda m: filter_moments(m, form, backend), model)
+    effect = estimate_diffuse(filtered.scaled)
+    mean, cov = integrate(filtered.mean, filtered.cov[0], effect.mean, effect.cov)
+    value = _diffuse_value(jnp.sum(filtered.log_density[0]), effect)
+    return PosteriorGSSMFiltered(poison(value, finite), mean, cov)
+
+
+def _diffuse_value(base: Array, effect: Any) -> Array:
+    return base + 0.5 * (jnp.dot(effect.score[-1], effect.mean[-1]) - effect.log_det[-1])
+
+
+@partial(jax.jit, static_argnames=("form", "backend", "initial"))
+def _smoother(
+    model: Model, finite: Array, *, form: Form, backend: Backend | None, initial: Initial
+) -> PosteriorGSSMSmoothed:
+    if not isinstance(initial, ExactDiffuse):
+        both = filter_and_smooth(model, form, backend)
+        value, filtered, smoothed = jnp.sum(both.log_density), (both.mean, both.cov), both.smoothed
+    else:
+        columns = initial.run(lambda m: filter_and_smooth(m, form, backend), model)
+        effect = estimate_diffuse(columns.scaled)
+        value = _diffuse_value(jnp.sum(columns.log_density[0]), effect)
+        filtered = integrate(columns.mean, columns.cov[0], effect.mean, effect.cov)
+        last = effect.mean[-1], effect.cov[-1]
+        given = columns.smoothed
+        mean, cov = integrate(given.mean, given.cov[0], *last)
+        _, lagged = integrate(
+            given.mean[:, :-1], given.lagged[0], *last, other=given.mean[1:, 1:]
+        )
+        smoothed = Smoothed(mean, cov, lagged)
+    cross = smoothed.lagged + smoothed.mean[:-1, :, None] * smoothed.mean[1:, None, :]
+    return PosteriorGSSMSmoothed(
+        poison(value, finite), *filtered, smoothed.mean, smoothed.cov, cross
+    )
+
+
+@partial(jax.jit, static_argnames=("form", "backend", "initial"))
+def _marginal_log_prob(
+    model: Model, finite: Array, *, form: Form, backend: Backend | None, initial: Initial
+) -> Array:
+    value = log_likelihood(model, form, backend)
+    if isinstance(initial, ExactDiffuse):
+        scaled = initial.run(lambda m: filter_moments(m, form, backend), model).scaled
+        value = _diffuse_value(value, estimate_diffuse(scaled))
+    return poison(value, finite)
+
+
+def lgssm_filter(
+    params: ParamsLGSSM,
+    emissions: ArrayLike,
+    inputs: ArrayLike | None = None,
+    *,
+    backend: Backend | None = None,
+    form: str = "covariance",
+    initial: Initial = None,
+    length: ArrayLike | None = None,
+) -> PosteriorGSSMFiltered:
+    r"""Compute $p(z_t \mid y_{1:t}, u_{1:t})$ for every t.
+
+    The model is $z_1 \sim N(m_0, P_0)$, $z_t = F_tz_{t-1} + B_tu_t + b_t + N(0, Q_t)$,
+    $y_t = H_tz_t + D_tu_t + d_t + N(0, R_t)$. Singular Q, P0 and R are ordinary inputs.
+
+    Args:
+        params: dynamax parameters, D states and N emissions. Each entry is constant, has a
+            leading time axis, or is a callable of t; biases and input weights may be None.
+            Dynamics entry t belongs to the step into $z_t$, entry 0 is not used. The emission
+            covariance may be (N, N), (N,) diagonal, (T, N, N) or (T, N).
+        emissions: $y$ (T, N). NaN is missing, whole rows or single entries.
+        inputs: $u$ (T, U); `inputs[t]` enters the step into $z_t$ and the emission at t.
+        backend: how to run over time; chosen by `elkax.scan.choose` if None.
+        form: "covariance", or "square_root" for float32 and badly scaled models.
+        initial: `Stationary()` or `ExactDiffuse()` in place of the initial distribution.
+        length: only the first `length` time steps exist; what follows is padding, where the last
+            posterior is repeated. For ragged batches under `vmap`.
+
+    Returns:
+        Log-likelihood, filtered means (T, D) and covariances (T, D, D). The log-likelihood is NaN
+        if a parameter is not finite or an innovation covariance is singular. Cost O(T D^3 + T N
+        D^2), memory O(T D^2).
+
+    Raises:
+        ValueError: on shapes that do not fit, T = 0, covariances that are not symmetric, missing
+            inputs, an unknown form.
+        TypeError: on arrays without real numbers, or a backend that is none.
+
+    References:
+        Särkkä & García-Fernández (2021), arXiv:1905.13002; Durbin & Koopman (2012), Ch. 4 and 6.
+    """
+    problem, stored = setup(
+        params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
+    )
+    return _filter(problem.model, problem.finite, form=stored, backend=backend, initial=initial)
+
+
+def lgssm_smoother(
+    params: ParamsLGSSM,
+    emissions: ArrayLike,
+    inputs: ArrayLike | None = None,
+    *,
+    backend: Backend | None = None,
+    form: str = "covariance",
+    initial: Initial = None,
+    length: ArrayLike | None = None,
+) -> PosteriorGSSMSmoothed:
+    r"""Compute $p(z_t \mid y_{1:T}, u_{1:T})$ for every t.
+
+    Arguments, errors and cost as `lgssm_filter`. By Rauch-Tung-Striebel in Joseph form, or by
+    Bryson-Frazier where a predicted covariance is singular.
+
+    Returns:
+        What `lgssm_filter` gives, smoothed means (T, D) and covariances (T, D, D), and
+        `smoothed_cross_covariances` (T - 1, D, D), which is as in dynamax the second moment
+        $E[z_tz_{t+1}^\top \mid y_{1:T}]$.
+
+    References:
+        Rauch, Tung & Striebel (1965); Bryson & Frazier (1963); Särkkä & Svensson (2023), Ch. 12.
+    """
+    problem, stored = setup(
+        params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
+    )
+    return _smoother(problem.model, problem.finite, form=stored, backend=backend, initial=initial)
+
+
+def lgssm_marginal_log_prob(
+    params: ParamsLGSSM,
+    emissions: ArrayLike,
+    inputs: ArrayLike | None = None,
+    *,
+    backend: Backend | None = None,
+    form: str = "covariance",
+    initial: Initial = None,
+    length: ArrayLike | None = None,
+) -> Array:
+    r"""Compute $\log p(y_{1:T} \mid u_{1:T})$ of the observed entries.
+
+    Arguments, errors and cost as `lgssm_filter`. Its derivative is the score of the disturbance
+    smoother: one gradient costs about two more passes, is finite at Q = 0 and P0 = 0, and can be
+    taken forward, in reverse, and again for the Hessian.
+
+    Returns:
+        The log-likelihood, a scalar; NaN if a parameter is not finite or an innovation covariance
+        is singular.
+
+    References:
+        Koopman & Shephard (1992), Biometrika 79(4).
+    """
+    problem, stored = setup(
+        params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
+    )
+    return _marginal_log_prob(
+        problem.model, problem.finite, form=stored, backend=backend, initial=initial
+    )

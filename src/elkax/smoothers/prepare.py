@@ -1,0 +1,341 @@
+"""From dynamax parameters and emissions to arrays that the kernels run on."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from dynamax.linear_gaussian_ssm import ParamsLGSSM
+from jaxtyping import Array, ArrayLike
+
+from elkax.gaussian import Covariance, Form, Model, SquareRoot
+from elkax.gaussian.factor import unit_ldl
+from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes
+
+FORMS: dict[str, Form] = {"covariance": Covariance(), "square_root": SquareRoot()}
+
+
+class Problem(NamedTuple):
+    """A model with its data, as the kernels need it and as the user gave it.
+
+    Attributes:
+        model: with uncorrelated measurement errors; covariances themselves.
+        weights: $H$, (N, D) or (T, N, D).
+        offset: $d_t + D_tu_t$, (N,) or (T, N).
+        cov: $R$, (N,), (T, N), (N, N) or (T, N, N) as given.
+        diagonal: whether `cov` holds variances only.
+        emissions: (T, N), NaN where missing.
+        finite: whether every parameter is finite.
+    """
+
+    model: Model
+    weights: Array
+    offset: Array
+    cov: Array
+    diagonal: bool
+    emissions: Array
+    finite: Array
+
+
+def find_form(form: str) -> Form:
+    """Return the form of that name.
+
+    Raises:
+        ValueError: on an unknown name.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {sorted(FORMS)}, got {form!r}")
+    return FORMS[form]
+
+
+def check_backend(backend: Any) -> None:
+    """Raise TypeError unless `backend` is None or an instance of a backend."""
+    if backend is not None and (isinstance(backend, type | str) or not callable(backend)):
+        raise TypeError(
+            "backend must be None or a backend object such as elkax.Sequential() or "
+            f"elkax.Blocked(32), got {backend!r}"
+        )
+
+
+def is_concrete(*values: Any) -> bool:
+    """Tell whether the values can be looked at now, not only when the program runs."""
+    return not any(isinstance(value, jax.core.Tracer) for value in values)
+
+
+def prepare(
+    params: ParamsLGSSM,
+    emissions: ArrayLike,
+    inputs: ArrayLike | None = None,
+    *,
+    length: ArrayLike | None = None,
+) -> Problem:
+    """Check parameters and data and bring them to the form that the kernels take.
+
+    Args:
+        params: dynamax parameters; entries may be None (biases, input weights), arrays, arrays
+            with a leading time axis, or callables of t.
+        emissions: (T, N); NaN is missing, integers are promoted.
+        inputs: (T, U).
+        length: number of time steps that exist, the rest being padding; all if None.
+
+    Raises:
+        ValueError: on shapes that do not fit each other, T = 0, covariances that are not
+            symmetric, inputs missing where the model has input weights.
+        TypeError: on arrays that hold no real numbers.
+    """
+    emissions = _real_array("emissions", emissions)
+    if emissions.ndim != 2 or emissions.shape[0] == 0 or emissions.shape[1] == 0:
+        raise ValueError(
+            "emissions must be (T, N) with T >= 1 and N >= 1, one row per time step, got shape "
+            f"{emissions.shape}"
+        )
+    arrays = _evaluate(params, emissions.shape[0])
+    _check_shapes(arrays, *emissions.shape)
+    inputs = _check_inputs(arrays, inputs, emissions.shape[0])
+    dtype = jnp.result_type(
+        *(leaf for leaf in jax.tree.leaves((arrays, emissions, inputs)))
+    )
+    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
+    arrays, emissions, inputs = jax.tree.map(
+        lambda leaf: leaf.astype(dtype), (arrays, emissions, inputs)
+    )
+    return _assemble(arrays, emissions, inputs, _valid(length, emissions.shape[0]))
+
+
+def _real_array(name: str, value: Any) -> Array:
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array of real numbers, got {type(value)}") from error
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"{name} must hold real numbers, got dtype {array.dtype}")
+    return array
+
+
+def _evaluate(params: ParamsLGSSM, length: int) -> ParamsLGSSM:
+    """Turn every entry into an array, callables of t into arrays over time."""
+
+    def to_array(name: str, value: Any) -> Any:
+        if value is None:
+            return None
+        if callable(value):
+            function: Callable = value
+            value = jax.vmap(lambda t: jnp.asarray(function(t)))(jnp.arange(length))
+        return _real_array(name, value)
+
+    groups = {}
+    for group in ("initial", "dynamics", "emissions"):
+        fields = getattr(params, group)
+        groups[group] = type(fields)(
+            **{k: to_array(f"params.{group}.{k}", v) for k, v in fields._asdict().items()}
+        )
+    for group, field in (
+        ("initial", "mean"), ("initial", "cov"), ("dynamics", "weights"), ("dynamics", "cov"),
+        ("emissions", "weights"), ("emissions", "cov"),
+    ):
+        if getattr(groups[group], field) is None:
+            raise ValueError(f"params.{group}.{field} must be given, got None")
+    return ParamsLGSSM(**groups)
+
+
+def _check_shapes(arrays: ParamsLGSSM, length: int, emission_dim: int) -> None:
+    """Compare every shape with T, D and N."""
+    initial, dynamics, emission = arrays
+    if initial.mean.ndim != 1 or initial.mean.shape[0] == 0:
+        raise ValueError(f"params.initial.mean must be (D,), got shape {initial.mean.shape}")
+    d, n = initial.mean.shape[0], emission_dim
+    r_shapes = [(n, n), (n,), (length, n, n), (length, n)]
+
+    def check(name: str, value: Array | None, *shapes: tuple) -> None:
+        if value is None:
+            return
+        if not any(
+            len(s) == value.ndim and all(w in (None, g) for w, g in zip(s, value.shape, strict=True))
+            for s in shapes
+        ):
+            expected = " or ".join(str(s).replace("None", "U") for s in shapes)
+            raise ValueError(
+                f"{name} must have shape {expected} (T = {length}, state dimension D = {d}, "
+                f"emission dimension N = {n}), got {value.shape}"
+            )
+
+    check("params.initial.cov", initial.cov, (d, d))
+    check("params.dynamics.weights", dynamics.weights, (d, d), (length, d, d))
+    check("params.dynamics.bias", dynamics.bias, (d,), (length, d))
+    check("params.dynamics.cov", dynamics.cov, (d, d), (length, d, d))
+    check("params.dynamics.input_weights", dynamics.input_weights, (d, None), (length, d, None))
+    check("params.emissions.weights", emission.weights, (n, d), (length, n, d))
+    check("params.emissions.bias", emission.bias, (n,), (length, n))
+    check("params.emissions.cov", emission.cov, *r_shapes)
+    check("params.emissions.input_weights", emission.input_weights, (n, None), (length, n, None))
+    check_symmetric("params.initial.cov", initial.cov)
+    check_symmetric("params.dynamics.cov", dynamics.cov, skip_first=dynamics.cov.ndim == 3)
+    if emission.cov.shape in ((n, n), (length, n, n)):
+        check_symmetric("params.emissions.cov", emission.cov)
+
+
+def check_symmetric(name: str, value: Array, *, skip_first: bool = False) -> None:
+    """Raise ValueError if a concrete covariance is not symmetric or has a negative variance."""
+    if not is_concrete(value):
+        return
+    cov = np.asarray(value)[1:] if skip_first else np.asarray(value)
+    gap = np.abs(cov - np.swapaxes(cov, -1, -2))
+    with np.errstate(invalid="ignore"):
+        scale = np.max(np.abs(cov), initial=0.0)
+        wrong = np.max(gap, initial=0.0) > np.sqrt(np.finfo(gap.dtype).eps) * scale
+        negative = np.any(np.diagonal(cov, axis1=-2, axis2=-1) < 0)
+    if wrong:
+        raise ValueError(
+            f"{name} must be symmetric, got entries that differ from their mirror images by "
+            f"{np.nanmax(gap):.3g}"
+        )
+    if negative:
+        raise ValueError(f"{name} must have variances >= 0 on its diagonal, got a negative one")
+
+
+def _check_inputs(arrays: ParamsLGSSM, inputs: Any, length: int) -> Array:
+    """Return the inputs as (T, U), U = 0 if there are none."""
+    widths = {
+        name: weights.shape[-1]
+        for name, weights in (
+            ("params.dynamics.input_weights", arrays.dynamics.input_weights),
+            ("params.emissions.input_weights", arrays.emissions.input_weights),
+        )
+        if weights is not None
+    }
+    if inputs is None:
+        used = [name for name, width in widths.items() if width > 0]
+        if used:
+            raise ValueError(
+                f"inputs must be given, because the model has {used[0]} for "
+                f"{widths[used[0]]} inputs; got None"
+            )
+        return jnp.zeros((length, 0), arrays.initial.mean.dtype)
+    inputs = _real_array("inputs", inputs)
+    if inputs.ndim != 2 or inputs.shape[0] != length:
+        raise ValueError(
+            f"inputs must be (T, U) with T = {length} as the emissions, got shape {inputs.shape}"
+        )
+    for name, width in widths.items():
+        if width != inputs.shape[1]:
+            raise ValueError(
+                f"{name} is for {width} inputs, but inputs has shape {inputs.shape}"
+            )
+    return inputs
+
+
+def _valid(length: ArrayLike | None, num_timesteps: int) -> Array | None:
+    """Mark the time steps that exist."""
+    if length is None:
+        return None
+    length = jnp.asarray(length)
+    if length.ndim != 0 or not jnp.issubdtype(length.dtype, jnp.integer):
+        raise ValueError(
+            f"length must be one integer (use vmap for a batch), got shape {length.shape} and "
+            f"dtype {length.dtype}"
+        )
+    if is_concrete(length) and not 1 <= int(length) <= num_timesteps:
+        raise ValueError(f"length must lie in 1, ..., T = {num_timesteps}, got {int(length)}")
+    return jnp.arange(num_timesteps) < length
+
+
+def _assemble(
+    arrays: ParamsLGSSM, emissions: Array, inputs: Array, valid: Array | None
+) -> Problem:
+    initial, dynamics, emission = arrays
+    length, emission_dim = emissions.shape
+    state_dim = initial.mean.shape[0]
+    offset = _affine_offset(dynamics.bias, dynamics.input_weights, inputs, state_dim)
+    shift = _affine_offset(emission.bias, emission.input_weights, inputs, emission_dim)
+    full = emission.cov.ndim == 3 or emission.cov.shape == (emission_dim, emission_dim)
+    varying = {
+        "weights": (dynamics.weights, 2), "offset": (offset, 1), "noise": (dynamics.cov, 2),
+    }
+    # Entry 0 belongs to no step, whatever it holds.
+    moving = {
+        name: array.at[0].set(0.0) if array.ndim > rank else array
+        for name, (array, rank) in varying.items()
+    }
+    r_rank = 2 if full else 1
+    h, r = emission.weights, emission.cov
+    if valid is not None:
+        moving = {
+            name: _clean(array, varying[name][1], valid) for name, array in moving.items()
+        }
+        h, shift, r = _clean(h, 2, valid), _clean(shift, 1, valid), _clean(r, r_rank, valid)
+    observed = ~jnp.isnan(emissions)
+    if valid is not None:
+        observed = observed & valid[:, None]
+    residual = jnp.where(observed, emissions - shift, 0.0)
+    parts = (initial.mean, initial.cov, *moving.values(), h, shift, r)
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in parts]))
+    rows, variances, values = h, r, residual
+    if full:
+        rows, variances, values = decorrelate(h, r, residual, observed)
+    model = Model(
+        initial_mean=initial.mean,
+        initial_cov=initial.cov,
+        **moving,
+        rows=rows,
+        variances=variances,
+        values=values,
+        observed=observed,
+        first=jnp.arange(length) == 0,
+        valid=valid,
+    )
+    return Problem(model, h, shift, r, not full, jnp.where(observed, emissions, jnp.nan), finite)
+
+
+def _clean(array: Array, rank: int, valid: Array) -> Array:
+    """Replace what stands in padding, so that it cannot spread."""
+    if array.ndim == rank:
+        return array
+    return jnp.where(valid.reshape((-1,) + (1,) * rank), array, 0.0)
+
+
+def _affine_offset(
+    bias: Array | None, weights: Array | None, inputs: Array, size: int
+) -> Array:
+    """Compute bias + weights u, without a time axis if it is the same at all times."""
+    offset = jnp.zeros(size, inputs.dtype) if bias is None else bias
+    if weights is None or weights.shape[-1] == 0:
+        return offset
+    return offset + jnp.einsum("...ij,...j->...i", weights, inputs, precision="highest")
+
+
+def decorrelate(
+    rows: Array, cov: Array, values: Array, observed: Array
+) -> tuple[Array, Array, Array]:
+    r"""Turn correlated measurements into uncorrelated ones.
+
+    With $R = L\,\mathrm{diag}(r)L^\top$ over the observed entries, L unit lower:
+    $y \leftarrow L^{-1}y$, $H \leftarrow L^{-1}H$, errors with variances r. Singular R is allowed.
+
+    Args:
+        rows: $H$ (N, D) or (T, N, D).
+        cov: $R$ (N, N) or (T, N, N).
+        values: (T, N), zero where missing.
+        observed: (T, N).
+
+    Returns:
+        New rows, variances and values. They vary in time if R or H does, or if some rows may be
+        partly missing.
+    """
+    if cov.shape[-1] == 1:
+        return rows, cov[..., 0], values
+    # A row that is missing as a whole needs no factor of its own.
+    partial = observed.any(1) & ~observed.all(1)
+    if cov.ndim == 2 and is_concrete(partial) and not bool(partial.any()):
+        inverse, variances = unit_ldl(cov)
+        h = rows if rows.ndim == 2 else to_lanes(rows)
+        new_rows = matmul(inverse, h)
+        new_values = from_lanes(matvec(inverse, to_lanes(values)))
+        return new_rows if rows.ndim == 2 else from_lanes(new_rows), variances, new_values
+    mask = to_lanes(observed)
+    r = cov[..., None] if cov.ndim == 2 else to_lanes(cov)
+    eye = jnp.eye(cov.shape[-1], dtype=cov.dtype)[..., None]
+    inverse, variances = unit_ldl(jnp.where(mask[:, None] & mask[None], r, eye))
+    new_rows = matmul(inverse, rows if rows.ndim == 2 else to_lanes(rows))
+    new_values = matvec(inverse, to_lanes(values))
+    return from_lanes(new_rows), from_lanes(variances), from_lanes(new_values)
