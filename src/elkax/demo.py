@@ -16,7 +16,6 @@ from jaxtyping import Array, Float
 
 import elkax
 from elkax.datasets import Series, load_nile
-from elkax.models import transform_errors
 from elkax.plotting import Band, ForecastPanel, gaussian_band, plot_smoothed_forecast
 
 _VARIANCES = ("emission variance", "level variance")
@@ -127,7 +126,7 @@ def _fit(values: np.ndarray) -> _Fit:
     return _Fit(
         params=fit.params,
         variances=np.exp(fit.estimate),
-        standard_errors=np.asarray(transform_errors(jnp.exp, fit.estimate, fit.covariance)),
+        standard_errors=np.asarray(elkax.transform_errors(jnp.exp, fit.estimate, fit.covariance)),
         log_likelihood=float(fit.log_likelihood),
         book_log_likelihood=float(elkax.lgssm_marginal_log_prob(book, emissions, initial=initial)),
         ending=f"{ending} in {fit.iterations} iterations",

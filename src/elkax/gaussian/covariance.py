@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from elkax.gaussian.factor import gram, psd_cholesky, solve_lower, symmetrize
 from elkax.scan import lanes
-from elkax.scan.lanes import dot, materialize, matmul, matvec, outer, transpose
+from elkax.scan.lanes import dot, matmul, matvec, outer, transpose
 
 
 @dataclass(frozen=True)
@@ -41,38 +41,44 @@ class Covariance:
         product, noise = lanes.align(product, 2, noise, 2)
         return symmetrize(product + noise)
 
-    def observe(
-        self,
-        stored: Float[Array, "n n *lanes"],
-        row: Array,
-        variance: Array,
-        floor: Array,
-        used: Bool[Array, "*lanes"],
-    ) -> tuple[Array, Array, Array, Array]:
-        r"""Condition on one scalar $y = h^\top z + \mathcal N(0, r)$.
+    def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]:
+        r"""Compute $Ph$ and $s = h^\top Ph + r$ for one scalar $y = h^\top z + N(0, r)$.
 
         Args:
             stored: $P$.
             row: $h$.
             variance: $r$, may be zero.
-            floor: variance at which rounding in $P$ is measured.
-            used: False where the scalar is missing.
+        """
+        ph = matvec(stored, row)
+        return ph, dot(row, ph) + variance
+
+    def rounding(self, floor: Array) -> Array:
+        """Return the rounding level of an innovation variance summed from terms of size `floor`."""
+        return 8 * jnp.finfo(floor.dtype).eps * floor
+
+    def update(
+        self, stored: Array, projection: Array, variance: Array, s: Array, active: Array
+    ) -> tuple[Array, Array]:
+        """Condition on the scalar.
+
+        Args:
+            stored: $P$.
+            projection: from `project`.
+            variance: $r$.
+            s: innovation variance, any positive number where not active.
+            active: False where nothing is conditioned on.
 
         Returns:
-            $s = h^\top Ph + r$ (1 where not used), whether s is at rounding level (then nothing
-            is conditioned on), the gain $Ph/s$, and the conditional $P$.
+            The gain $Ph/s$, zero where not active, and the conditional $P$.
         """
-        ph = materialize(matvec(stored, row))
-        s = dot(row, ph) + variance
-        singular = used & (s <= 8 * jnp.finfo(s.dtype).eps * floor)
-        active = used & ~singular
-        s = jnp.where(active, s, 1.0)
-        gain = materialize(jnp.where(active, ph / s, 0.0))
-        return s, singular, gain, stored - outer(gain, jnp.where(active, ph, 0.0))
+        del variance
+        # Zero times a non-finite entry keeps it visible, where a selection would hide it.
+        gain = projection * jnp.where(active, 1.0 / s, 0.0)
+        return gain, stored - outer(gain, projection)
 
     def accumulate(self, stored: Array, columns: Array) -> Array:
         r"""Compute $J + GG^\top$."""
-        total, product = lanes.align(stored, 2, gram(columns), 2)
+        total, product = lanes.align(stored, 2, lanes.product(columns, transpose(columns)), 2)
         return total + product
 
     def condition(self, stored: Array, information: Array) -> Array:

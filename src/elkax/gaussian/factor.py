@@ -1,30 +1,19 @@
 """Factorisations of small matrices over lanes.
 
-Matrix axes come first, lanes last. Up to `MAX_UNROLLED` columns the loops are written out, above
-that they are `fori_loop`s. None of them calls a batched triangular or LU solve, which can
-deadlock XLA's CPU thread pool inside a parallel scan and is slow for small matrices.
+Matrix axes come first, lanes last; columns are run over by a `fori_loop`, which compiles fast and
+computes nothing twice. None of them calls a batched triangular or LU solve, which can deadlock
+XLA's CPU thread pool inside a parallel scan and is slow for small matrices.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from elkax.scan import lanes
-from elkax.scan.lanes import MAX_UNROLLED, materialize, matmul, matvec, outer, transpose
+from elkax.scan.lanes import matmul, matvec, outer, transpose
 
 
-def loop(count: int, body: Callable[[Array | int, Array], Array], value: Array) -> Array:
-    """Apply `value = body(i, value)` for i = 0, ..., count - 1, written out if `count` is small."""
-    if count <= MAX_UNROLLED:
-        for i in range(count):
-            value = materialize(body(i, value))
-        return value
-    return jax.lax.fori_loop(0, count, body, value)
-
-
-def _unit(size: int, j: Array | int, rank: int, dtype) -> Array:
+def _unit(size: int, j: Array, rank: int, dtype) -> Array:
     """Return the j-th unit vector with `rank` axes in all, the first of length `size`."""
     return (jnp.arange(size) == j).astype(dtype).reshape((size,) + (1,) * (rank - 1))
 
@@ -44,7 +33,7 @@ def psd_cholesky(p: Float[Array, "n n *lanes"]) -> Float[Array, "n n *lanes"]:
     size, tolerance = p.shape[0], 4 * p.shape[0] * jnp.finfo(p.dtype).eps
     below = jnp.arange(size).reshape((size,) + (1,) * (p.ndim - 2))
 
-    def column(j: Array | int, factor: Array) -> Array:
+    def column(j: Array, factor: Array) -> Array:
         c = p[:, j] - matvec(factor, factor[j])
         pivot = c[j]
         zero = pivot <= tolerance * p[j, j]
@@ -52,7 +41,7 @@ def psd_cholesky(p: Float[Array, "n n *lanes"]) -> Float[Array, "n n *lanes"]:
         c = jnp.where(below >= j, c * scale, 0.0)
         return factor + outer(c, _unit(size, j, c.ndim, p.dtype))
 
-    return loop(size, column, jnp.zeros_like(p))
+    return jax.lax.fori_loop(0, size, column, jnp.zeros_like(p))
 
 
 def is_regular(factor: Float[Array, "n n *lanes"]) -> Bool[Array, "*lanes"]:
@@ -77,7 +66,7 @@ def tria(a: Float[Array, "n m *lanes"]) -> Float[Array, "n n *lanes"]:
     size, columns = a.shape[:2]
     index = jnp.arange(columns).reshape((columns,) + (1,) * (a.ndim - 2))
 
-    def reflect(i: Array | int, a: Array) -> Array:
+    def reflect(i: Array, a: Array) -> Array:
         row = jnp.where(index >= i, a[i], 0.0)
         # Scaled before squaring, so that tiny rows do not underflow.
         largest = jnp.max(jnp.abs(row), axis=0)
@@ -94,7 +83,7 @@ def tria(a: Float[Array, "n m *lanes"]) -> Float[Array, "n n *lanes"]:
         turn = 1.0 - (1.0 + sign) * _unit(columns, i, row.ndim, a.dtype)
         return reflected * turn[None]
 
-    reflected = loop(size, reflect, a)[:, :size]
+    reflected = jax.lax.fori_loop(0, size, reflect, a)[:, :size]
     lower = jnp.tril(jnp.ones((size, size), bool)).reshape((size, size) + (1,) * (a.ndim - 2))
     return jnp.where(lower, reflected, 0.0)
 
@@ -118,12 +107,12 @@ def solve_lower(
         factor = transpose(factor)
     start = jnp.zeros(jnp.broadcast_shapes(b.shape, b.shape[:2] + factor.shape[2:]), b.dtype)
 
-    def row(k: Array | int, x: Array) -> Array:
+    def row(k: Array, x: Array) -> Array:
         i = size - 1 - k if transposed else k
         value = (b[i] - matvec(transpose(x), factor[i])) / factor[i, i]
         return x + _unit(size, i, x.ndim, x.dtype) * value
 
-    return loop(size, row, start)
+    return jax.lax.fori_loop(0, size, row, start)
 
 
 def cho_solve(
@@ -151,7 +140,7 @@ def unit_ldl(
     below = jnp.arange(size).reshape((size,) + (1,) * (r.ndim - 2))
     eye = lanes.identity(size, r.shape[2:], r.dtype)
 
-    def eliminate(j: Array | int, work: Array) -> Array:
+    def eliminate(j: Array, work: Array) -> Array:
         schur, inverse = work[:, :size], work[:, size:]
         zero = schur[j, j] <= tolerance * r[j, j]
         multiplier = schur[:, j] / jnp.where(zero, 1.0, schur[j, j])
@@ -160,7 +149,7 @@ def unit_ldl(
         inverse = inverse - outer(multiplier, inverse[j])
         return jnp.concatenate((schur, inverse), axis=1)
 
-    work = loop(size, eliminate, jnp.concatenate((r, eye), axis=1))
+    work = jax.lax.fori_loop(0, size, eliminate, jnp.concatenate((r, eye), axis=1))
     pivots = jnp.stack([work[i, i] for i in range(size)])
     return work[:, size:], pivots
 

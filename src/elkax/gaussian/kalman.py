@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from elkax.scan import lanes
-from elkax.scan.lanes import MAX_UNROLLED, dot, matmul, matvec, outer, transpose
+from elkax.scan.lanes import MAX_UNROLLED, dot, materialize, matmul, matvec, outer, transpose
 
 
 class Form(Protocol):
@@ -22,9 +22,11 @@ class Form(Protocol):
     def cholesky(self, stored: Array) -> Array: ...
     def times(self, stored: Array, x: Array) -> Array: ...
     def predict(self, weights: Array, stored: Array, noise: Array) -> Array: ...
-    def observe(
-        self, stored: Array, row: Array, variance: Array, floor: Array, used: Array
-    ) -> tuple[Array, Array, Array, Array]: ...
+    def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]: ...
+    def rounding(self, floor: Array) -> Array: ...
+    def update(
+        self, stored: Array, projection: Array, variance: Array, s: Array, active: Array
+    ) -> tuple[Array, Array]: ...
     def accumulate(self, stored: Array, columns: Array) -> Array: ...
     def condition(self, stored: Array, information: Array) -> Array: ...
 
@@ -46,7 +48,7 @@ class Model(NamedTuple):
         variances: $r$, (N,) or (T, N).
         values: $y$ (T, N) less its offsets; any finite number where missing.
         observed: (T, N), False where missing.
-        first: (T,), True at t = 0 alone.
+        first: (T,), 1 at t = 0 and 0 later, a real number.
         valid: (T,), False in padding, where nothing happens; None if there is none.
     """
 
@@ -85,6 +87,11 @@ def constant_part(model: Model) -> Model:
             for field, rank in zip(model, RANKS, strict=True)
         )
     )
+
+
+def merge(fixed: Model, varying: Model) -> Model:
+    """Put the constant and the time-varying fields together."""
+    return Model(*(f if v is None else v for f, v in zip(fixed, varying, strict=True)))
 
 
 class FilterOutput(NamedTuple):
@@ -144,34 +151,25 @@ class KalmanFilter:
     fixed: Model
     form: Any
 
-    def at(self, x: Model) -> Model:
-        """Put the fixed and the time-varying fields together."""
-        return Model(*(f if v is None else v for f, v in zip(self.fixed, x, strict=True)))
-
     def step(self, state: tuple[Array, Array], x: Model) -> tuple[tuple[Array, Array], FilterOutput]:
         """Predict and update."""
-        model = self.at(x)
+        model = merge(self.fixed, x)
         mean, cov = state
-        predicted = lanes.select(
-            model.first,
-            model.initial_mean,
-            _add(matvec(model.weights, mean), model.offset),
-            1,
-        )
-        noise = lanes.select(model.first, model.initial_cov, model.noise, 2)
-        cov = self.form.predict(model.weights, cov, noise)
-        floors = self._floors(model, cov)
+        predicted, cov = self.predict(model, mean, cov)
+        cov, predicted, floors = materialize((cov, predicted, self._floors(model, cov)))
 
         def update(carry: tuple, entry: tuple) -> tuple[tuple, Array]:
             correction, cov, log_density = carry
             h, variance, value, used, floor = entry
+            projection, s = self.form.project(cov, h, variance)
             residual = value - dot(h, predicted) - dot(h, correction)
-            s, singular, gain, cov = self.form.observe(cov, h, variance, floor, used)
-            active = used & ~singular
-            scaled = jnp.where(active, residual, 0.0) / jnp.sqrt(s)
+            projection, s, residual = materialize((projection, s, residual), 1)
+            singular, active, s = self._judge(s, floor, used)
+            gain, cov = self.form.update(cov, projection, variance, s, active)
+            scaled = active * residual * jax.lax.rsqrt(s)
             density = -0.5 * (jnp.log(2 * jnp.pi * s) + scaled * scaled)
             density = jnp.where(used, jnp.where(singular, jnp.nan, density), 0.0)
-            correction = correction + gain * jnp.where(active, residual, 0.0)
+            correction = correction + gain * residual
             return (correction, cov, log_density + density), scaled
 
         start = (jnp.zeros_like(predicted), cov, jnp.zeros(predicted.shape[1:], predicted.dtype))
@@ -197,15 +195,10 @@ class KalmanFilter:
 
     def absorb(self, summary: Summary, x: Model) -> Summary:
         """Lengthen a block by one step."""
-        model = self.at(x)
-        noise = lanes.select(model.first, model.initial_cov, model.noise, 2)
-        offset = lanes.select(model.first, model.initial_mean, model.offset, 1)
-        predicted = summary._replace(
-            a=matmul(model.weights, summary.a),
-            b=_add(matvec(model.weights, summary.b), offset),
-            c=self.form.predict(model.weights, summary.c, noise),
-        )
-        longer = self.observe(predicted, model)
+        model = merge(self.fixed, x)
+        mean, cov = self.predict(model, summary.b, summary.c)
+        weights = lanes.product(model.weights, summary.a)
+        longer = self.observe(summary._replace(a=weights, b=mean, c=cov), model)
         if model.valid is None:
             return longer
         return jax.tree.map(lambda new, old: jnp.where(model.valid, new, old), longer, summary)
@@ -216,11 +209,16 @@ class KalmanFilter:
         def update(carry: tuple, entry: tuple) -> tuple[tuple, Array]:
             a, b, c, eta, sound = carry
             h, variance, value, used, floor = entry
-            through = matvec(transpose(a), h)
+            projection, s = self.form.project(c, h, variance)
             residual = value - dot(h, b)
-            s, singular, gain, c = self.form.observe(c, h, variance, floor, used)
-            column = jnp.where(used & ~singular, through / jnp.sqrt(s), 0.0)
-            scaled = residual / jnp.sqrt(s)
+            through = matvec(transpose(a), h)
+            projection, s, residual, through = materialize(
+                (projection, s, residual, through), 1
+            )
+            singular, active, s = self._judge(s, floor, used)
+            gain, c = self.form.update(c, projection, variance, s, active)
+            root = active * jax.lax.rsqrt(s)
+            column, scaled = through * root, residual * root
             carry = (
                 a - outer(gain, through),
                 b + gain * residual,
@@ -230,8 +228,9 @@ class KalmanFilter:
             )
             return carry, column
 
-        start = (summary.a, summary.b, summary.c, summary.eta, summary.sound)
         floors = self._floors(model, summary.c)
+        a, mean, cov, floors = materialize((summary.a, summary.b, summary.c, floors))
+        start = (a, mean, cov, summary.eta, summary.sound)
         (a, b, c, eta, sound), columns = fold_rows(update, start, entries(model, floors))
         j = self.form.accumulate(summary.j, transpose(columns))
         return Summary(a, b, c, eta, j, sound)
@@ -272,6 +271,19 @@ class KalmanFilter:
         """Tell whether the block's innovation covariances were nonsingular."""
         return summary.sound
 
+    def predict(self, model: Model, mean: Array, cov: Array) -> tuple[Array, Array]:
+        """Predict one step; before the first one the state is exactly zero."""
+        offset = lanes.blend(model.first, model.initial_mean, model.offset, 1)
+        noise = lanes.blend(model.first, model.initial_cov, model.noise, 2)
+        mean = _add(matvec(model.weights, mean), offset)
+        return mean, self.form.predict(model.weights, cov, noise)
+
+    def _judge(self, s: Array, floor: Array, used: Array) -> tuple[Array, Array, Array]:
+        """Tell where an innovation variance is singular, where it is used, and make it safe."""
+        singular = used & (s <= self.form.rounding(floor))
+        active = used & ~singular
+        return singular, active, jnp.where(active, s, 1.0)
+
     def _floors(self, model: Model, cov: Array) -> Array:
         """Size of the terms that each innovation variance is summed from, (N, lanes)."""
         stored = self.form.decode(cov)
@@ -293,9 +305,8 @@ def fold_rows(
         return jax.lax.scan(update, carry, rows)
     outputs = []
     for i in range(count):
-        carry, output = lanes.materialize(
-            update(carry, jax.tree.map(lambda leaf, i=i: leaf[i], rows))
-        )
+        updated = update(carry, jax.tree.map(lambda leaf, i=i: leaf[i], rows))
+        carry, output = materialize(updated, 1)
         outputs.append(output)
     return carry, jnp.stack(outputs)
 

@@ -1,52 +1,25 @@
 """The log-likelihood and its derivative, the score."""
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from elkax.gaussian.costates import before, continues, filter_model, find_costates, next_weights
 from elkax.gaussian.covariance import Covariance
 from elkax.gaussian.kalman import (
-    RANKS,
     FilterOutput,
     KalmanFilter,
     Model,
     constant_part,
+    merge,
     over_time,
 )
-from elkax.gaussian.smoothing import find_costates, steps_in_lanes
-from elkax.scan import Backend, run
+from elkax.scan import Backend
 from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes, transpose
-
-
-def filter_model(model: Model, form: Any, backend: Backend | None) -> FilterOutput:
-    """Run the Kalman filter over a model.
-
-    Args:
-        model: covariances themselves, not yet stored in `form`.
-        form: how covariances are stored while filtering.
-        backend: how to run the recurrence.
-
-    Returns:
-        Output of every step, covariances stored in `form`.
-    """
-    stored = encode_model(model, form)
-    size = model.initial_mean.shape[0]
-    start = (jnp.zeros_like(model.initial_mean), jnp.zeros_like(model.initial_cov))
-    kalman = KalmanFilter(constant_part(stored), form)
-    xs = over_time(lambda field, rank: field, stored)
-    return run(kalman, start, xs, backend=backend, state_dim=size)[1]
-
-
-def encode_model(model: Model, form: Any) -> Model:
-    """Store the covariances of a model in a form."""
-    noise = model.noise
-    return model._replace(
-        initial_cov=form.encode(model.initial_cov),
-        noise=form.encode(noise) if noise.ndim == 2 else from_lanes(form.encode(to_lanes(noise))),
-    )
+from elkax.scan.layout import in_blocks
 
 
 def covariance_derivative(function: Any) -> Any:
@@ -130,42 +103,47 @@ def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
 def _score(model: Model, filtered: FilterOutput, backend: Backend | None) -> Model:
     """Differentiate the log-likelihood; None for fields that are not real numbers."""
     costates = find_costates(model, filtered, backend)
-    length, size = filtered.mean.shape
-    zero = jnp.zeros((1, size), filtered.mean.dtype)
-    q = to_lanes(jnp.concatenate((costates.vector[1:], zero)))
-    matrix = to_lanes(jnp.concatenate((costates.matrix[1:], jnp.zeros((1, size, size), q.dtype))))
-    weights = model.weights
-    following = to_lanes(jnp.roll(weights, -1, 0)) if weights.ndim == 3 else weights
-    back = transpose(following)
-    curvature = 0.5 * (q[:, None] * q[None] - matrix)
-    costate = matvec(back, q), matmul(matmul(back, curvature), following)
-    mean = to_lanes(jnp.concatenate((zero, filtered.mean[:-1])))
-    cov = to_lanes(jnp.concatenate((jnp.zeros_like(filtered.cov[:1]), filtered.cov[:-1])))
-    everything = steps_in_lanes(model)
-    real = [jnp.issubdtype(f.dtype, jnp.floating) if f is not None else False for f in everything]
+    fixed = constant_part(model)
+    constants, restore = _real_fields(fixed)
 
-    def one_step(fields: list[Array]) -> tuple[Array, Array, Array]:
-        given = iter(fields)
-        own = Model(*(next(given) if r else f for r, f in zip(real, everything, strict=True)))
-        nothing = Model(*([None] * len(own)))
-        _, output = KalmanFilter(own, Covariance()).step((mean, cov), nothing)
-        return output.mean, output.cov, output.log_density
+    def pull(x: tuple) -> tuple[list[Array], list[Array]]:
+        own, mean, cov, following, goes_on, q, matrix = x
+        varying, restore_varying = _real_fields(own)
 
-    fields = [f for f, r in zip(everything, real, strict=True) if r]
-    _, pull = jax.vjp(one_step, fields)
-    if model.valid is not None:
-        costate = jax.tree.map(lambda leaf: jnp.where(_continues(model.valid), leaf, 0.0), costate)
-    (pulled,) = pull((*costate, jnp.ones(length, q.dtype)))
-    given = iter(pulled)
-    gradient = Model(*(next(given) if r else None for r in real))
-    return Model(
-        *(
-            from_lanes(g) if g is not None and field.ndim > rank else g
-            for g, field, rank in zip(gradient, model, RANKS, strict=True)
-        )
+        def one_step(constants: list[Array], varying: list[Array]) -> tuple[Array, Array, Array]:
+            kalman = KalmanFilter(restore(constants), Covariance())
+            _, output = kalman.step((mean, cov), restore_varying(varying))
+            return output.mean, output.cov, output.log_density
+
+        back = transpose(model.weights if following is None else following)
+        curvature = matmul(matmul(back, 0.5 * (q[:, None] * q[None] - matrix)), transpose(back))
+        costate = (matvec(back, q), curvature)
+        if goes_on is not None:
+            costate = jax.tree.map(lambda leaf: jnp.where(goes_on, leaf, 0.0), costate)
+        values, transposed = jax.vjp(one_step, constants, varying)
+        totals, outputs = transposed((*costate, jnp.ones_like(values[-1])))
+        return outputs, totals
+
+    def shifted(leaf: Array) -> Array:
+        return jnp.concatenate((leaf[1:], jnp.zeros_like(leaf[:1])))
+
+    varying = over_time(lambda field, rank: field, model)
+    later = jax.tree.map(shifted, costates)
+    xs = (varying, *before(filtered), next_weights(model), continues(model), *later)
+    outputs, totals = in_blocks(pull, xs, filtered.mean.shape[-1])
+    _, restore_varying = _real_fields(varying)
+    nothing = Model(*([None] * len(model)))
+    return merge(
+        restore(totals, nothing), restore_varying(outputs, nothing)
     )
 
 
-def _continues(valid: Array) -> Array:
-    """Tell where the next time step exists too."""
-    return valid & jnp.append(valid[1:], False)
+def _real_fields(model: Model) -> tuple[list[Array], Callable[..., Model]]:
+    """Take out the fields of real numbers, and give what puts others in their place."""
+    real = [f is not None and jnp.issubdtype(f.dtype, jnp.floating) for f in model]
+
+    def restore(fields: list[Array], rest: Model = model) -> Model:
+        given = iter(fields)
+        return Model(*(next(given) if r else f for r, f in zip(real, rest, strict=True)))
+
+    return [f for f, r in zip(model, real, strict=True) if r], restore

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from elkax.gaussian.factor import gram, psd_cholesky, solve_lower, tria
 from elkax.scan import lanes
-from elkax.scan.lanes import matmul, matvec, outer, transpose
+from elkax.scan.lanes import dot, materialize, matmul, matvec, transpose
 
 
 @dataclass(frozen=True)
@@ -39,42 +39,40 @@ class SquareRoot:
         r"""Compute the factor of $FLL^\top F^\top + L_QL_Q^\top$ by one triangularisation."""
         return tria(_beside(matmul(weights, stored), noise))
 
-    def observe(
-        self,
-        stored: Float[Array, "n n *lanes"],
-        row: Array,
-        variance: Array,
-        floor: Array,
-        used: Bool[Array, "*lanes"],
-    ) -> tuple[Array, Array, Array, Array]:
-        r"""Condition on one scalar $y = h^\top z + \mathcal N(0, r)$.
+    def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]:
+        r"""Compute $f = L^\top h$ and $s = f^\top f + r$; arguments as `Covariance.project`."""
+        f = matvec(transpose(stored), row)
+        return f, dot(f, f) + variance
+
+    def rounding(self, floor: Array) -> Array:
+        """Return the rounding level of an innovation variance summed from terms of size `floor`."""
+        return (8 * jnp.finfo(floor.dtype).eps) ** 2 * floor
+
+    def update(
+        self, stored: Array, projection: Array, variance: Array, s: Array, active: Array
+    ) -> tuple[Array, Array]:
+        r"""Condition on the scalar; arguments and returns as `Covariance.update`.
 
         With $f = L^\top h$ and $\sigma_j = r + \sum_{i>j} f_i^2$, the factor of the conditional
         covariance $L(I - ff^\top/\sigma_0)L^\top$ has the columns
         $\sqrt{\sigma_j/\sigma_{j-1}}\,L_j - f_j(\sigma_j\sigma_{j-1})^{-1/2}\sum_{i>j}f_iL_i$:
-        nothing cancels on the diagonal and r = 0 is ordinary. Arguments and returns as in
-        `Covariance.observe`.
+        nothing cancels on the diagonal and r = 0 is ordinary.
 
         References:
             Carlson (1973), AIAA Journal 11(9); here for a lower factor.
         """
-        f = matvec(transpose(stored), row)
-        f = jnp.where(used, f, 0.0)
+        f = projection * active
         later = variance + _sum_later(f * f)  # sigma_j
         from_here = later + f * f  # sigma_{j-1}
-        s = from_here[0]
-        level = (8 * jnp.finfo(s.dtype).eps) ** 2
-        singular = used & (s <= level * floor)
-        active = used & ~singular
-        f = jnp.where(active, f, 0.0)
         columns = _sum_later(f[None] * stored, axis=1)
-        gain = (columns[:, 0] + f[0] * stored[:, 0]) / jnp.where(active, s, 1.0)
-        some = active & (from_here > 0)
+        gain = (columns[:, 0] + f[0] * stored[:, 0]) / s
+        some = from_here > 0
         safe = jnp.where(some, from_here, 1.0)
         shrink = jnp.where(some, jnp.sqrt(later / safe), 1.0)
-        both = jnp.where(some & (later > 0), jnp.sqrt(jnp.where(later > 0, later, 1.0) * safe), 1.0)
-        conditional = stored * shrink[None] - columns * (f / both)[None]
-        return jnp.where(active, s, 1.0), singular, gain, conditional
+        left = some & (later > 0)
+        weight = f * jnp.where(left, jax.lax.rsqrt(jnp.where(left, later, 1.0) * safe), 0.0)
+        shrink, weight, columns, gain = materialize((shrink, weight, columns, gain), 1)
+        return gain, stored * shrink[None] - columns * weight[None]
 
     def accumulate(self, stored: Array, columns: Array) -> Array:
         r"""Compute the factor of $ZZ^\top + GG^\top$."""

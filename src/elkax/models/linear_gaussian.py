@@ -10,6 +10,7 @@ from dynamax.linear_gaussian_ssm import (
     PosteriorGSSMFiltered,
     PosteriorGSSMSmoothed,
 )
+from dynamax.parameters import ensure_all_or_none_trainable
 from dynamax.utils.utils import ensure_array_has_batch_dim
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
@@ -200,6 +201,26 @@ class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
         )
         return statistics, posterior.marginal_loglik
 
+    def m_step(
+        self,
+        params: ParamsLGSSM,
+        props: ParamsLGSSM,
+        batch_stats: tuple,
+        m_step_state: Any,
+    ) -> tuple[ParamsLGSSM, Any]:
+        r"""Maximise the expected log-likelihood of a batch, as dynamax does but for one term.
+
+        The covariance of the initial state is $\tfrac1B\sum_b E z_1z_1^\top - mm^\top$ with
+        $m = \tfrac1B\sum_b E z_1$. dynamax 1.0.3 subtracts $B mm^\top$, which is the same for one
+        sequence, and for more of them is no covariance in general.
+        """
+        fitted, state = super().m_step(params, props, batch_stats, m_step_state)
+        if not ensure_all_or_none_trainable(props, what="parameters"):
+            return fitted, state
+        total, second, count = (jnp.sum(each, axis=0) for each in batch_stats[0])
+        cov = second / count - jnp.outer(total / count, total / count)
+        return fitted._replace(initial=fitted.initial._replace(cov=cov)), state
+
     def standard_errors(
         self,
         params: ParamsLGSSM,
@@ -294,3 +315,6 @@ class LinearGaussianConjugateSSM(LinearGaussianSSM, dynamax_models.LinearGaussia
         )
         self.backend = backend
         self.form = form
+
+    # The priors make its M-step another one; it has its own formula for the initial covariance.
+    m_step = dynamax_models.LinearGaussianConjugateSSM.m_step

@@ -8,6 +8,7 @@ from jaxtyping import Array, PyTree
 
 from elkax.scan import lanes
 from elkax.scan.fallback import where_sound
+from elkax.scan.layout import from_blocks, to_blocks
 from elkax.scan.protocol import Scannable, State, sequence_length, state_dtype
 from elkax.scan.sequential import Sequential
 
@@ -44,10 +45,10 @@ class Blocked:
         padding = steps * blocks - length
         if blocks == 1:
             return Sequential()(scannable, state, xs, reverse=reverse)
-        rows = jax.tree.map(lambda x: _to_blocks(x, steps, blocks, padding, reverse), xs)
+        rows = jax.tree.map(lambda x: to_blocks(x, steps, blocks, padding, reverse), xs)
 
         def absorb(summary: PyTree, x: PyTree) -> tuple[PyTree, None]:
-            return scannable.absorb(summary, x), None
+            return scannable.absorb(summary, lanes.materialize(x, 0)), None
 
         empty = scannable.identity((blocks,), state_dtype(state))
         totals, _ = jax.lax.scan(absorb, empty, rows, reverse=reverse)
@@ -63,7 +64,7 @@ class Blocked:
             end = 0 if reverse else -1
             final = jax.tree.map(lambda leaf: leaf[..., end], last)
             return final, jax.tree.map(
-                lambda leaf: _from_blocks(leaf, length, padding, reverse), outputs
+                lambda leaf: from_blocks(leaf, length, padding, reverse), outputs
             )
 
         return where_sound(
@@ -71,21 +72,6 @@ class Blocked:
             parallel,
             lambda: Sequential()(scannable, state, xs, reverse=reverse),
         )
-
-
-def _to_blocks(x: Array, steps: int, blocks: int, padding: int, reverse: bool) -> Array:
-    """Lay a (T, ...) array out as (steps, ..., blocks), padded where the run ends."""
-    if padding:
-        widths = ((padding, 0) if reverse else (0, padding),) + ((0, 0),) * (x.ndim - 1)
-        x = jnp.pad(x, widths)
-    return jnp.moveaxis(x.reshape((blocks, steps) + x.shape[1:]), 0, -1)
-
-
-def _from_blocks(x: Array, length: int, padding: int, reverse: bool) -> Array:
-    """Undo `_to_blocks`."""
-    x = jnp.moveaxis(x, -1, 0)
-    x = x.reshape((-1,) + x.shape[2:])
-    return x[padding:] if reverse else x[:length]
 
 
 def _block_starts(scannable: Scannable, state: State, totals: PyTree, reverse: bool) -> State:
@@ -108,15 +94,19 @@ def _run_blocks(
     scannable: Scannable, starts: State, rows: PyTree, padding: int, reverse: bool
 ) -> tuple[State, PyTree]:
     """Run all blocks side by side from their own first states."""
+
+    def advance(before: State, row: PyTree) -> tuple[State, PyTree]:
+        return scannable.step(before, lanes.materialize(row, 0))
+
     if not padding:
-        return jax.lax.scan(scannable.step, starts, rows, reverse=reverse)
+        return jax.lax.scan(advance, starts, rows, reverse=reverse)
     steps, *_, blocks = jax.tree.leaves(rows)[0].shape
     position = jnp.arange(blocks)[None] * steps + jnp.arange(steps)[:, None]
     real = position >= padding if reverse else position < steps * blocks - padding
 
     def step(before: State, x: PyTree) -> tuple[State, PyTree]:
         row, keep = x
-        after, output = scannable.step(before, row)
+        after, output = advance(before, row)
         return jax.tree.map(lambda a, b: jnp.where(keep, a, b), after, before), output
 
     return jax.lax.scan(step, starts, (rows, real), reverse=reverse)

@@ -45,7 +45,7 @@ def transpose(a: Shaped[Array, "n m *lanes"]) -> Shaped[Array, "m n *lanes"]:
     return jnp.swapaxes(a, 0, 1)
 
 
-def materialize(tree: PyTree) -> PyTree:
+def materialize(tree: PyTree, rank: int = 2) -> PyTree:
     """Return the arguments unchanged, but computed once.
 
     XLA fuses a chain of small written-out products into one loop on CPU and then computes every
@@ -53,9 +53,13 @@ def materialize(tree: PyTree) -> PyTree:
     should. It keeps no optimization barrier until then, but it never fuses across a conditional.
     The condition below always holds, which XLA does not find out; elsewhere, and without lanes,
     this does nothing.
+
+    Args:
+        tree: arrays.
+        rank: number of matrix axes of the first of them.
     """
     leaves = jax.tree.leaves(tree)
-    if max(leaf.ndim for leaf in leaves) < 3 or jax.default_backend() != "cpu":
+    if leaves[0].ndim <= rank or leaves[0].size == 0 or jax.default_backend() != "cpu":
         return tree
     probe = jax.lax.stop_gradient(leaves[0].ravel()[0])
     return jax.lax.cond(
@@ -75,12 +79,17 @@ def _contract(terms: Callable[[int], Array], count: int) -> Array:
 
 
 def matmul(a: Shaped[Array, "n k *lanes_a"], b: Shaped[Array, "k m *lanes_b"]) -> Array:
-    r"""Compute $AB$ in every lane, shape (n, m, lanes)."""
+    r"""Compute $AB$ in every lane, shape (n, m, lanes), and see that it is computed once."""
+    return materialize(product(a, b)) if a.shape[1] <= MAX_UNROLLED else product(a, b)
+
+
+def product(a: Shaped[Array, "n k *lanes_a"], b: Shaped[Array, "k m *lanes_b"]) -> Array:
+    r"""Compute $AB$ in every lane, to be materialized together with something else."""
     if a.ndim == 2 and b.ndim == 2 and a.shape[1] > MAX_UNROLLED:
         return jnp.matmul(a, b, precision="highest")
     a, b = align(a, 2, b, 2)
     if a.shape[1] <= MAX_UNROLLED:
-        return materialize(_contract(lambda j: a[:, j, None] * b[None, j], a.shape[1]))
+        return _contract(lambda j: a[:, j, None] * b[None, j], a.shape[1])
     front = jnp.matmul(
         jnp.moveaxis(a, (0, 1), (-2, -1)), jnp.moveaxis(b, (0, 1), (-2, -1)), precision="highest"
     )
@@ -109,20 +118,22 @@ def outer(x: Shaped[Array, "n *lanes_x"], y: Shaped[Array, "m *lanes_y"]) -> Arr
     return x[:, None] * y[None]
 
 
-def select(condition: Array, a: Array, b: Array, rank: int) -> Array:
-    """Choose `a` in the lanes where `condition` holds and `b` elsewhere.
+def blend(one: Array, a: Array, b: Array, rank: int) -> Array:
+    """Take `a` in the lanes where `one` is 1 and `b` where it is 0, by multiplication.
+
+    Exact for finite operands, and vectorised where a selection is not.
 
     Args:
-        condition: boolean, lane axes only.
+        one: 0 or 1, lane axes only.
         a: operand with `rank` matrix axes.
         b: operand with `rank` matrix axes.
         rank: number of matrix axes.
     """
     a, b = align(a, rank, b, rank)
-    if a.ndim - rank < condition.ndim:
-        a = a.reshape(a.shape + (1,) * (condition.ndim - a.ndim + rank))
-        b = b.reshape(b.shape + (1,) * (condition.ndim - b.ndim + rank))
-    return jnp.where(condition, a, b)
+    if a.ndim - rank < one.ndim:
+        widen = (1,) * (one.ndim - a.ndim + rank)
+        a, b = a.reshape(a.shape + widen), b.reshape(b.shape + widen)
+    return one * a + (1.0 - one) * b
 
 
 def identity(size: int, lanes: tuple[int, ...], dtype) -> Array:

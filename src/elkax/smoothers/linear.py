@@ -13,13 +13,8 @@ from dynamax.linear_gaussian_ssm import (
 from jaxtyping import Array, ArrayLike
 
 from elkax.gaussian import Form, Model
-from elkax.gaussian.score import (
-    covariance_derivative,
-    encode_model,
-    filter_model,
-    filter_moments,
-    log_likelihood,
-)
+from elkax.gaussian.costates import filter_model
+from elkax.gaussian.score import covariance_derivative, filter_moments, log_likelihood
 from elkax.gaussian.smoothing import Smoothed, smooth
 from elkax.scan import Backend
 from elkax.scan.lanes import from_lanes, to_lanes
@@ -51,7 +46,7 @@ class FilterSmoother(NamedTuple):
 def filter_and_smooth(model: Model, form: Any, backend: Backend | None) -> FilterSmoother:
     """Filter and smooth a model whose covariances are themselves; see `filter_model`, `smooth`."""
     filtered = filter_model(model, form, backend)
-    smoothed = smooth(encode_model(model, form), filtered, form, backend)
+    smoothed = smooth(model, filtered, form, backend)
     cov = from_lanes(form.decode(to_lanes(filtered.cov)))
     return FilterSmoother(filtered.mean, cov, filtered.log_density, filtered.scaled, smoothed)
 

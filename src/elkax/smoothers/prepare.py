@@ -69,6 +69,7 @@ def prepare(
     inputs: ArrayLike | None = None,
     *,
     length: ArrayLike | None = None,
+    continues: bool = False,
 ) -> Problem:
     """Check parameters and data and bring them to the form that the kernels take.
 
@@ -78,6 +79,8 @@ def prepare(
         emissions: (T, N); NaN is missing, integers are promoted.
         inputs: (T, U).
         length: number of time steps that exist, the rest being padding; all if None.
+        continues: whether there are steps before the first of these, so that entry 0 of the
+            dynamics is used.
 
     Raises:
         ValueError: on shapes that do not fit each other, T = 0, covariances that are not
@@ -100,7 +103,7 @@ def prepare(
     arrays, emissions, inputs = jax.tree.map(
         lambda leaf: leaf.astype(dtype), (arrays, emissions, inputs)
     )
-    return _assemble(arrays, emissions, inputs, _valid(length, emissions.shape[0]))
+    return _assemble(arrays, emissions, inputs, _valid(length, emissions.shape[0]), continues)
 
 
 def _real_array(name: str, value: Any) -> Array:
@@ -241,7 +244,7 @@ def _valid(length: ArrayLike | None, num_timesteps: int) -> Array | None:
 
 
 def _assemble(
-    arrays: ParamsLGSSM, emissions: Array, inputs: Array, valid: Array | None
+    arrays: ParamsLGSSM, emissions: Array, inputs: Array, valid: Array | None, continues: bool
 ) -> Problem:
     initial, dynamics, emission = arrays
     length, emission_dim = emissions.shape
@@ -254,7 +257,7 @@ def _assemble(
     }
     # Entry 0 belongs to no step, whatever it holds.
     moving = {
-        name: array.at[0].set(0.0) if array.ndim > rank else array
+        name: array.at[0].set(0.0) if array.ndim > rank and not continues else array
         for name, (array, rank) in varying.items()
     }
     r_rank = 2 if full else 1
@@ -281,7 +284,7 @@ def _assemble(
         variances=variances,
         values=values,
         observed=observed,
-        first=jnp.arange(length) == 0,
+        first=(jnp.arange(length) == 0).astype(emissions.dtype),
         valid=valid,
     )
     return Problem(model, h, shift, r, not full, jnp.where(observed, emissions, jnp.nan), finite)

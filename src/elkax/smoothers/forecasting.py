@@ -1,0 +1,132 @@
+"""Forecasts of states and emissions."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from dynamax.linear_gaussian_ssm import ParamsLGSSM
+from jax.scipy.stats import norm
+from jaxtyping import Array, ArrayLike
+
+from elkax.scan import Backend
+from elkax.smoothers.linear import Initial, lgssm_filter, setup
+from elkax.smoothers.prepare import Problem
+
+
+class Forecast(NamedTuple):
+    r"""Moments of the h steps after the data, in the order of dynamax's `forecast`.
+
+    Attributes:
+        state_means: $E[z_{T+k} \mid y_{1:T}]$ (h, D).
+        state_covariances: (h, D, D).
+        emission_means: $E[y_{T+k} \mid y_{1:T}]$ (h, N).
+        emission_covariances: (h, N, N), with the measurement error.
+    """
+
+    state_means: Array
+    state_covariances: Array
+    emission_means: Array
+    emission_covariances: Array
+
+    def interval(self, level: float = 0.9) -> tuple[Array, Array]:
+        """Return the central interval of each emission.
+
+        Args:
+            level: probability that it covers, in (0, 1).
+
+        Returns:
+            Lower and upper bounds, (h, N) each.
+
+        Raises:
+            ValueError: if the level is not in (0, 1).
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level must lie in (0, 1), got {level}")
+        variances = jnp.diagonal(self.emission_covariances, axis1=-2, axis2=-1)
+        half = norm.ppf(0.5 + level / 2) * jnp.sqrt(variances)
+        return self.emission_means - half, self.emission_means + half
+
+
+def full_cov(problem: Problem) -> Array:
+    """Return the emission covariance as (N, N) or (T, N, N)."""
+    if not problem.diagonal:
+        return problem.cov
+    return problem.cov[..., :, None] * jnp.eye(problem.cov.shape[-1], dtype=problem.cov.dtype)
+
+
+def emission_moments(problem: Problem, means: Array, covs: Array) -> tuple[Array, Array]:
+    r"""Compute $Hm + d$ and $HPH^\top + R$ at every time.
+
+    Args:
+        problem: gives H, d and R.
+        means: (T, D).
+        covs: (T, D, D).
+
+    Returns:
+        (T, N) and (T, N, N).
+    """
+    h = problem.weights
+    mean = jnp.einsum("...ij,...j->...i", h, means, precision="highest") + problem.offset
+    spread = jnp.einsum("...ij,...jk,...lk->...il", h, covs, h, precision="highest")
+    return mean, spread + full_cov(problem)
+
+
+def lgssm_forecast(
+    params: ParamsLGSSM,
+    emissions: ArrayLike,
+    num_forecast_timesteps: int,
+    inputs: ArrayLike | None = None,
+    forecast_inputs: ArrayLike | None = None,
+    *,
+    backend: Backend | None = None,
+    form: str = "covariance",
+    initial: Initial = None,
+) -> Forecast:
+    r"""Compute $p(z_{T+k}, y_{T+k} \mid y_{1:T})$ for k = 1, ..., h.
+
+    The filter is run on, with the h emissions missing.
+
+    Args:
+        params: dynamax parameters; entries that vary in time need T + h rows.
+        emissions: (T, N), NaN where missing.
+        num_forecast_timesteps: h >= 1.
+        inputs: (T, U).
+        forecast_inputs: (h, U), the first for the step into $z_{T+1}$.
+        backend: as `lgssm_filter`.
+        form: as `lgssm_filter`.
+        initial: as `lgssm_filter`.
+
+    Returns:
+        State and emission moments; emission bands by its `interval`.
+
+    Raises:
+        ValueError: as `lgssm_filter`, if h < 1, or if one of `inputs` and `forecast_inputs` is
+            given without the other.
+    """
+    if num_forecast_timesteps < 1:
+        raise ValueError(f"num_forecast_timesteps must be at least 1, got {num_forecast_timesteps}")
+    emissions = jnp.asarray(emissions)
+    if emissions.ndim != 2:
+        raise ValueError(f"emissions must be (T, N), got shape {emissions.shape}")
+    if (inputs is None) != (forecast_inputs is None):
+        raise ValueError(
+            "inputs and forecast_inputs must be given together, got "
+            f"inputs {'missing' if inputs is None else 'given'} and forecast_inputs "
+            f"{'missing' if forecast_inputs is None else 'given'}"
+        )
+    if inputs is not None:
+        inputs, forecast_inputs = jnp.asarray(inputs), jnp.asarray(forecast_inputs)
+        expected = (num_forecast_timesteps, *inputs.shape[1:])
+        if forecast_inputs.shape != expected:
+            raise ValueError(
+                f"forecast_inputs must have shape {expected}, got {forecast_inputs.shape}"
+            )
+        inputs = jnp.concatenate((inputs, forecast_inputs))
+    dtype = jnp.result_type(emissions.dtype, params.initial.mean)
+    future = jnp.full((num_forecast_timesteps, emissions.shape[1]), jnp.nan, dtype)
+    extended = jnp.concatenate((emissions.astype(dtype), future))
+    problem, _ = setup(params, extended, inputs, backend=backend, form=form, initial=initial)
+    posterior = lgssm_filter(params, extended, inputs, backend=backend, form=form, initial=initial)
+    means, covs = posterior.filtered_means, posterior.filtered_covariances
+    emission_means, emission_covs = emission_moments(problem, means, covs)
+    parts = (means, covs, emission_means, emission_covs)
+    return Forecast(*(part[-num_forecast_timesteps:] for part in parts))

@@ -1,0 +1,175 @@
+"""Draws from the joint distribution and from the posterior of the states."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from dynamax.linear_gaussian_ssm import ParamsLGSSM
+from jaxtyping import Array, ArrayLike, PRNGKeyArray, UInt32
+
+from elkax.gaussian import Form, Model
+from elkax.gaussian.factor import psd_cholesky
+from elkax.scan import Backend, affine_scan
+from elkax.scan.lanes import from_lanes, matvec, to_lanes
+from elkax.smoothers.initial import ExactDiffuse, estimate_diffuse, integrate
+from elkax.smoothers.linear import Initial, filter_and_smooth, setup
+from elkax.smoothers.prepare import check_backend, prepare
+
+Key = PRNGKeyArray | UInt32[Array, "2"]
+
+
+def sample_states(key: Key, model: Model, backend: Backend | None) -> Array:
+    r"""Draw $z_{1:T}$ from the model, shape (T, D); covariances may be singular."""
+    length = model.first.shape[0]
+    size = model.initial_mean.shape[0]
+    dtype = model.initial_mean.dtype
+    draws = jr.normal(key, (length, size), dtype)
+    noise = psd_cholesky(model.noise if model.noise.ndim == 2 else to_lanes(model.noise))
+    steps = from_lanes(matvec(noise, to_lanes(draws))) + model.offset
+    start = model.initial_mean + psd_cholesky(model.initial_cov) @ draws[0]
+    weights = jnp.broadcast_to(model.weights, (length, size, size)).at[0].set(0.0)
+    return affine_scan(weights, steps.at[0].set(start), backend=backend)
+
+
+def lgssm_joint_sample(
+    params: ParamsLGSSM,
+    key: Key,
+    num_timesteps: int,
+    inputs: ArrayLike | None = None,
+    *,
+    backend: Backend | None = None,
+) -> tuple[Array, Array]:
+    r"""Draw states and emissions from $p(z_{1:T}, y_{1:T} \mid u_{1:T})$.
+
+    Args:
+        params: dynamax parameters; covariances may be singular.
+        key: random key.
+        num_timesteps: T >= 1.
+        inputs: (T, U).
+        backend: how to run over time; chosen by `elkax.scan.choose` if None.
+
+    Returns:
+        States (T, D) and emissions (T, N).
+
+    Raises:
+        ValueError: on shapes that do not fit, or T < 1.
+    """
+    check_backend(backend)
+    if num_timesteps < 1:
+        raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
+    weights = params.emissions.weights
+    first = jnp.asarray(weights(0) if callable(weights) else weights)
+    if first.ndim < 2:
+        raise ValueError(
+            f"params.emissions.weights must be (N, D) or (T, N, D), got shape {first.shape}"
+        )
+    empty = jnp.zeros((num_timesteps, first.shape[-2]), first.dtype)
+    problem = prepare(params, empty, inputs)
+    state_key, emission_key = jr.split(key)
+    states = sample_states(state_key, problem.model, backend)
+    draws = jr.normal(emission_key, empty.shape, states.dtype)
+    cov = problem.cov
+    if problem.diagonal:
+        errors = jnp.sqrt(cov) * draws
+    else:
+        factor = psd_cholesky(cov if cov.ndim == 2 else to_lanes(cov))
+        errors = from_lanes(matvec(factor, to_lanes(draws)))
+    means = jnp.einsum("...ij,...j->...i", problem.weights, states, precision="highest")
+    return states, means + problem.offset + errors
+
+
+def lgssm_posterior_sample(
+    key: Key,
+    params: ParamsLGSSM,
+    emissions: ArrayLike,
+    inputs: ArrayLike | None = None,
+    jitter: float = 0.0,
+    *,
+    num_samples: int | None = None,
+    backend: Backend | None = None,
+    form: str = "covariance",
+    initial: Initial = None,
+    length: ArrayLike | None = None,
+) -> Array:
+    r"""Draw from $p(z_{1:T} \mid y_{1:T}, u_{1:T})$.
+
+    By mean correction: with $(z^+, y^+)$ drawn from the model,
+    $z^+ + E[z \mid y - y^+]$ (with zero offsets and initial mean) is a draw from the posterior.
+    All draws share one set of covariances and run in parallel; singular covariances and missing
+    data are ordinary.
+
+    Args:
+        key: random key.
+        params: dynamax parameters.
+        emissions: (T, N), NaN where missing.
+        inputs: (T, U).
+        jitter: accepted because dynamax has it; no covariance is factored that would need it,
+            so it is not used.
+        num_samples: how many draws; None for one without a leading axis.
+        backend: as `lgssm_filter`.
+        form: as `lgssm_filter`.
+        initial: as `lgssm_filter`.
+        length: as `lgssm_filter`.
+
+    Returns:
+        (T, D), or (num_samples, T, D).
+
+    Raises:
+        ValueError: as `lgssm_filter`, or if num_samples < 1.
+
+    References:
+        Durbin & Koopman (2002), Biometrika 89(3).
+    """
+    del jitter
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    problem, stored = setup(
+        params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
+    )
+    draws = _posterior_sample(
+        key,
+        problem.model,
+        num_samples=num_samples or 1,
+        form=stored,
+        backend=backend,
+        initial=initial,
+    )
+    draws = jnp.where(problem.finite, draws, jnp.nan)
+    return draws[0] if num_samples is None else draws
+
+
+@partial(jax.jit, static_argnames=("num_samples", "form", "backend", "initial"))
+def _posterior_sample(
+    key: Key,
+    model: Model,
+    *,
+    num_samples: int,
+    form: Form,
+    backend: Backend | None,
+    initial: Initial,
+) -> Array:
+    def correct(key: Key) -> Array:
+        state_key, emission_key = jr.split(key)
+        states = sample_states(state_key, model, backend)
+        errors = jr.normal(emission_key, model.values.shape, states.dtype)
+        values = jnp.einsum("...ij,...j->...i", model.rows, states, precision="highest")
+        values = model.values - values - jnp.sqrt(model.variances) * errors
+        centred = model._replace(
+            values=jnp.where(model.observed, values, 0.0),
+            initial_mean=jnp.zeros_like(model.initial_mean),
+            offset=jnp.zeros_like(model.offset),
+        )
+        return states + smoothed_mean(centred, form, backend, initial)
+
+    return jax.vmap(correct)(jr.split(key, num_samples))
+
+
+def smoothed_mean(model: Model, form: Form, backend: Backend | None, initial: Initial) -> Array:
+    """Return the smoothed means (T, D)."""
+    if not isinstance(initial, ExactDiffuse):
+        return filter_and_smooth(model, form, backend).smoothed.mean
+    columns = initial.run(lambda m: filter_and_smooth(m, form, backend), model)
+    effect = estimate_diffuse(columns.scaled)
+    given = columns.smoothed
+    return integrate(given.mean, given.cov[0], effect.mean[-1], effect.cov[-1])[0]
