@@ -1,19 +1,32 @@
 """Factorisations of small matrices over lanes.
 
-Matrix axes come first, lanes last; columns are run over by a `fori_loop`, which compiles fast and
-computes nothing twice. None of them calls a batched triangular or LU solve, which can deadlock
+Matrix axes come first, lanes last. Columns are run over by a `fori_loop`, or, for few columns over
+lanes, written out with every column materialized. None of them calls a batched triangular or LU solve, which can deadlock
 XLA's CPU thread pool inside a parallel scan and is slow for small matrices.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from elkax.scan import lanes
-from elkax.scan.lanes import matmul, matvec, outer, transpose
+from elkax.scan.lanes import MAX_UNROLLED, materialize, matmul, matvec, outer, transpose
+
+Index = Array | int
 
 
-def _unit(size: int, j: Array, rank: int, dtype) -> Array:
+def _loop(count: int, body: Callable[[Index, Array], Array], value: Array) -> Array:
+    """Apply `value = body(i, value)` for i = 0, ..., count - 1, in order."""
+    if count > MAX_UNROLLED or value.ndim == 2:
+        return jax.lax.fori_loop(0, count, body, value)
+    for i in range(count):
+        value = materialize(body(i, value))
+    return value
+
+
+def _unit(size: int, j: Index, rank: int, dtype) -> Array:
     """Return the j-th unit vector with `rank` axes in all, the first of length `size`."""
     return (jnp.arange(size) == j).astype(dtype).reshape((size,) + (1,) * (rank - 1))
 
@@ -33,15 +46,15 @@ def psd_cholesky(p: Float[Array, "n n *lanes"]) -> Float[Array, "n n *lanes"]:
     size, tolerance = p.shape[0], 4 * p.shape[0] * jnp.finfo(p.dtype).eps
     below = jnp.arange(size).reshape((size,) + (1,) * (p.ndim - 2))
 
-    def column(j: Array, factor: Array) -> Array:
+    def column(j: Index, factor: Array) -> Array:
         c = p[:, j] - matvec(factor, factor[j])
         pivot = c[j]
         zero = pivot <= tolerance * p[j, j]
         scale = jnp.where(zero, 0.0, 1.0 / jnp.sqrt(jnp.where(zero, 1.0, pivot)))
-        c = jnp.where(below >= j, c * scale, 0.0)
+        c = materialize(jnp.where(below >= j, c * scale, 0.0), 1)
         return factor + outer(c, _unit(size, j, c.ndim, p.dtype))
 
-    return jax.lax.fori_loop(0, size, column, jnp.zeros_like(p))
+    return _loop(size, column, jnp.zeros_like(p))
 
 
 def is_regular(factor: Float[Array, "n n *lanes"]) -> Bool[Array, "*lanes"]:
@@ -66,7 +79,7 @@ def tria(a: Float[Array, "n m *lanes"]) -> Float[Array, "n n *lanes"]:
     size, columns = a.shape[:2]
     index = jnp.arange(columns).reshape((columns,) + (1,) * (a.ndim - 2))
 
-    def reflect(i: Array, a: Array) -> Array:
+    def reflect(i: Index, a: Array) -> Array:
         row = jnp.where(index >= i, a[i], 0.0)
         # Scaled before squaring, so that tiny rows do not underflow.
         largest = jnp.max(jnp.abs(row), axis=0)
@@ -78,12 +91,13 @@ def tria(a: Float[Array, "n m *lanes"]) -> Float[Array, "n n *lanes"]:
         v = row + sign * norm * _unit(columns, i, row.ndim, a.dtype)
         half = norm * (norm + jnp.abs(row[i]))
         weight = jnp.where(half > 0, 1.0 / jnp.where(half > 0, half, 1.0), 0.0)
-        reflected = a - outer(matvec(a, v) * weight, v)
+        v, along = materialize((v, matvec(a, v) * weight), 1)
+        reflected = a - outer(along, v)
         # The reflection changes the sign of the diagonal; turning the column back keeps it >= 0.
         turn = 1.0 - (1.0 + sign) * _unit(columns, i, row.ndim, a.dtype)
         return reflected * turn[None]
 
-    reflected = jax.lax.fori_loop(0, size, reflect, a)[:, :size]
+    reflected = _loop(size, reflect, a)[:, :size]
     lower = jnp.tril(jnp.ones((size, size), bool)).reshape((size, size) + (1,) * (a.ndim - 2))
     return jnp.where(lower, reflected, 0.0)
 
@@ -107,12 +121,12 @@ def solve_lower(
         factor = transpose(factor)
     start = jnp.zeros(jnp.broadcast_shapes(b.shape, b.shape[:2] + factor.shape[2:]), b.dtype)
 
-    def row(k: Array, x: Array) -> Array:
+    def row(k: Index, x: Array) -> Array:
         i = size - 1 - k if transposed else k
-        value = (b[i] - matvec(transpose(x), factor[i])) / factor[i, i]
+        value = materialize((b[i] - matvec(transpose(x), factor[i])) / factor[i, i], 1)
         return x + _unit(size, i, x.ndim, x.dtype) * value
 
-    return jax.lax.fori_loop(0, size, row, start)
+    return _loop(size, row, start)
 
 
 def cho_solve(
@@ -140,16 +154,16 @@ def unit_ldl(
     below = jnp.arange(size).reshape((size,) + (1,) * (r.ndim - 2))
     eye = lanes.identity(size, r.shape[2:], r.dtype)
 
-    def eliminate(j: Array, work: Array) -> Array:
+    def eliminate(j: Index, work: Array) -> Array:
         schur, inverse = work[:, :size], work[:, size:]
         zero = schur[j, j] <= tolerance * r[j, j]
         multiplier = schur[:, j] / jnp.where(zero, 1.0, schur[j, j])
-        multiplier = jnp.where((below > j) & ~zero, multiplier, 0.0)
+        multiplier = materialize(jnp.where((below > j) & ~zero, multiplier, 0.0), 1)
         schur = schur - outer(multiplier, schur[j])
         inverse = inverse - outer(multiplier, inverse[j])
         return jnp.concatenate((schur, inverse), axis=1)
 
-    work = jax.lax.fori_loop(0, size, eliminate, jnp.concatenate((r, eye), axis=1))
+    work = _loop(size, eliminate, jnp.concatenate((r, eye), axis=1))
     pivots = jnp.stack([work[i, i] for i in range(size)])
     return work[:, size:], pivots
 
