@@ -102,8 +102,9 @@ def _day(digits: str) -> np.datetime64:
 def _monthly_means(days: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Average the measured days of every calendar month, NaN where there is none."""
     months = days.astype("datetime64[M]")
-    grid = np.arange(months[0], months[-1] + 1)
-    position = (months - grid[0]).astype(int)
+    month = np.timedelta64(1, "M")
+    grid = np.arange(months[0], months[-1] + month, month)
+    position = (months - grid[0]) // month
     measured = np.isfinite(values)
     counts = np.bincount(position[measured], minlength=grid.size)
     sums = np.bincount(position[measured], values[measured], minlength=grid.size)

@@ -27,9 +27,11 @@ class Covariance:
         """Return the covariance."""
         return stored
 
-    def cholesky(self, stored: Float[Array, "n n *lanes"]) -> Array:
+    def cholesky(
+        self, stored: Float[Array, "n n *lanes"], *, written_out: bool = False
+    ) -> Array:
         """Return a lower, possibly singular factor."""
-        return psd_cholesky(stored)
+        return psd_cholesky(stored, written_out=written_out)
 
     def times(self, stored: Float[Array, "n n *lanes"], x: Array) -> Array:
         """Multiply the stored matrix with a vector."""

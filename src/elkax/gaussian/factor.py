@@ -1,7 +1,8 @@
 """Factorisations of small matrices over lanes.
 
-Matrix axes come first, lanes last. Columns are run over by a `fori_loop`, or, for few columns over
-lanes, written out with every column materialized. None of them calls a batched triangular or LU solve, which can deadlock
+Matrix axes come first, lanes last. Columns are run over by a `fori_loop`, which compiles fast, or,
+where `written_out` asks for it and they are few, written out with every column materialized, which
+runs two to three times faster over lanes. None of them calls a batched triangular or LU solve, which can deadlock
 XLA's CPU thread pool inside a parallel scan and is slow for small matrices.
 """
 
@@ -17,9 +18,11 @@ from elkax.scan.lanes import MAX_UNROLLED, materialize, matmul, matvec, outer, t
 Index = Array | int
 
 
-def _loop(count: int, body: Callable[[Index, Array], Array], value: Array) -> Array:
+def _loop(
+    count: int, body: Callable[[Index, Array], Array], value: Array, *, written_out: bool = False
+) -> Array:
     """Apply `value = body(i, value)` for i = 0, ..., count - 1, in order."""
-    if count > MAX_UNROLLED or value.ndim == 2:
+    if count > MAX_UNROLLED or not written_out:
         return jax.lax.fori_loop(0, count, body, value)
     for i in range(count):
         value = materialize(body(i, value))
@@ -31,7 +34,9 @@ def _unit(size: int, j: Index, rank: int, dtype) -> Array:
     return (jnp.arange(size) == j).astype(dtype).reshape((size,) + (1,) * (rank - 1))
 
 
-def psd_cholesky(p: Float[Array, "n n *lanes"]) -> Float[Array, "n n *lanes"]:
+def psd_cholesky(
+    p: Float[Array, "n n *lanes"], *, written_out: bool = False
+) -> Float[Array, "n n *lanes"]:
     r"""Compute a lower $L$ with $LL^\top = P$ for positive semi-definite $P$.
 
     A pivot at or below rounding level, $d_j \le 4n\,\epsilon\,P_{jj}$, gives a zero column: for a
@@ -39,6 +44,7 @@ def psd_cholesky(p: Float[Array, "n n *lanes"]) -> Float[Array, "n n *lanes"]:
 
     Args:
         p: symmetric positive semi-definite; only its lower triangle is read.
+        written_out: compile longer and run faster.
 
     Returns:
         Lower factor, possibly singular.
@@ -54,7 +60,7 @@ def psd_cholesky(p: Float[Array, "n n *lanes"]) -> Float[Array, "n n *lanes"]:
         c = materialize(jnp.where(below >= j, c * scale, 0.0), 1)
         return factor + outer(c, _unit(size, j, c.ndim, p.dtype))
 
-    return _loop(size, column, jnp.zeros_like(p))
+    return _loop(size, column, jnp.zeros_like(p), written_out=written_out)
 
 
 def is_regular(factor: Float[Array, "n n *lanes"]) -> Bool[Array, "*lanes"]:
@@ -103,7 +109,11 @@ def tria(a: Float[Array, "n m *lanes"]) -> Float[Array, "n n *lanes"]:
 
 
 def solve_lower(
-    factor: Float[Array, "n n *lanes"], b: Float[Array, "n m *lanes_b"], *, transposed: bool = False
+    factor: Float[Array, "n n *lanes"],
+    b: Float[Array, "n m *lanes_b"],
+    *,
+    transposed: bool = False,
+    written_out: bool = False,
 ) -> Float[Array, "n m *lanes_x"]:
     r"""Solve $LX = B$, or $L^\top X = B$, by substitution over lanes.
 
@@ -111,6 +121,7 @@ def solve_lower(
         factor: lower $L$ without zero pivots.
         b: right-hand sides.
         transposed: solve with $L^\top$.
+        written_out: compile longer and run faster.
 
     Returns:
         $X$; infinite or NaN where a pivot is zero.
@@ -126,14 +137,18 @@ def solve_lower(
         value = materialize((b[i] - matvec(transpose(x), factor[i])) / factor[i, i], 1)
         return x + _unit(size, i, x.ndim, x.dtype) * value
 
-    return _loop(size, row, start)
+    return _loop(size, row, start, written_out=written_out)
 
 
 def cho_solve(
-    factor: Float[Array, "n n *lanes"], b: Float[Array, "n m *lanes_b"]
+    factor: Float[Array, "n n *lanes"],
+    b: Float[Array, "n m *lanes_b"],
+    *,
+    written_out: bool = False,
 ) -> Float[Array, "n m *lanes_x"]:
     r"""Solve $LL^\top X = B$ over lanes."""
-    return solve_lower(factor, solve_lower(factor, b), transposed=True)
+    half = solve_lower(factor, b, written_out=written_out)
+    return solve_lower(factor, half, transposed=True, written_out=written_out)
 
 
 def unit_ldl(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,13 @@ from elkax.scan import lanes
 from elkax.scan.lanes import MAX_UNROLLED, dot, materialize, matmul, matvec, outer, transpose
 
 
+@runtime_checkable
 class Form(Protocol):
     """How a covariance is stored; see `Covariance` and `SquareRoot`."""
 
     def encode(self, covariance: Array) -> Array: ...
     def decode(self, stored: Array) -> Array: ...
-    def cholesky(self, stored: Array) -> Array: ...
+    def cholesky(self, stored: Array, *, written_out: bool = False) -> Array: ...
     def times(self, stored: Array, x: Array) -> Array: ...
     def predict(self, weights: Array, stored: Array, noise: Array) -> Array: ...
     def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]: ...

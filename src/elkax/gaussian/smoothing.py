@@ -77,10 +77,11 @@ def _gains(model: Model, filtered: FilterOutput, form: Any) -> tuple[Transition,
     def gain(x: tuple) -> tuple[tuple[Transition, Array], None]:
         after, cov, correction = x
         after = merge(fixed, after)
-        factor = form.cholesky(lanes.materialize(form.predict(after.weights, cov, after.noise)))
+        predicted = lanes.materialize(form.predict(after.weights, cov, after.noise))
+        factor = form.cholesky(predicted, written_out=True)
         regular = is_regular(factor)
         cross = matmul(after.weights, form.decode(cov))
-        gain = lanes.materialize(transpose(cho_solve(factor, cross)))
+        gain = lanes.materialize(transpose(cho_solve(factor, cross, written_out=True)))
         eye = jnp.eye(size, dtype=gain.dtype).reshape((size, size, 1))
         rest = eye - matmul(gain, after.weights)
         own = form.predict(rest, cov, jnp.zeros_like(cov))

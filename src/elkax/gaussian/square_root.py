@@ -27,8 +27,11 @@ class SquareRoot:
         r"""Return $LL^\top$."""
         return gram(stored)
 
-    def cholesky(self, stored: Float[Array, "n n *lanes"]) -> Array:
+    def cholesky(
+        self, stored: Float[Array, "n n *lanes"], *, written_out: bool = False
+    ) -> Array:
         """Return the stored factor."""
+        del written_out
         return stored
 
     def times(self, stored: Float[Array, "n n *lanes"], x: Array) -> Array:

@@ -2,8 +2,9 @@
 
 from elkax.models.arma import arma
 from elkax.models.combination import combine
+from elkax.models.conjugate import LinearGaussianConjugateSSM
 from elkax.models.information import transform_errors
-from elkax.models.linear_gaussian import LinearGaussianConjugateSSM, LinearGaussianSSM
+from elkax.models.linear_gaussian import LinearGaussianSSM
 from elkax.models.maximum_likelihood import MaximumLikelihoodFit, maximum_likelihood
 from elkax.models.regression import regression
 from elkax.models.structural import (

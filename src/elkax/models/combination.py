@@ -1,5 +1,7 @@
 """Sum of independent components."""
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 from dynamax.linear_gaussian_ssm import ParamsLGSSM
 from dynamax.linear_gaussian_ssm.inference import (
@@ -39,28 +41,48 @@ def combine(*components: ParamsLGSSM) -> ParamsLGSSM:
         raise ValueError("combine needs at least one component, got none")
     input_dim = _common("number of inputs", {n for each in components for n in _inputs(each)} - {0})
     parts = [_written_out(each, input_dim or 0) for each in components]
-    _common("emission dimension N", {part.emissions.weights.shape[-2] for part in parts})
+    _common("emission dimension N", {part.emission_weights.shape[-2] for part in parts})
     _common("number of time steps T", {length for part in parts for length in _lengths(part)})
-    dynamics = [part.dynamics for part in parts]
-    emissions = [part.emissions for part in parts]
+    columns = _Arrays(
+        *(_aligned(list(x), rank) for x, rank in zip(zip(*parts, strict=True), RANKS, strict=True))
+    )
     return ParamsLGSSM(
         initial=ParamsLGSSMInitial(
-            mean=jnp.concatenate([part.initial.mean for part in parts]),
-            cov=_block_diagonal([part.initial.cov for part in parts]),
+            mean=jnp.concatenate(columns.initial_mean),
+            cov=_block_diagonal(columns.initial_cov),
         ),
         dynamics=ParamsLGSSMDynamics(
-            weights=_block_diagonal([part.weights for part in dynamics]),
-            bias=_concatenate([part.bias for part in dynamics], 1, axis=-1),
-            input_weights=_concatenate([part.input_weights for part in dynamics], 2, axis=-2),
-            cov=_block_diagonal([part.cov for part in dynamics]),
+            weights=_block_diagonal(columns.weights),
+            bias=jnp.concatenate(columns.bias, axis=-1),
+            input_weights=jnp.concatenate(columns.input_weights, axis=-2),
+            cov=_block_diagonal(columns.cov),
         ),
         emissions=ParamsLGSSMEmissions(
-            weights=_concatenate([part.weights for part in emissions], 2, axis=-1),
-            bias=_add([part.bias for part in emissions], 1),
-            input_weights=_add([part.input_weights for part in emissions], 2),
-            cov=_add([part.cov for part in emissions], 2),
+            weights=jnp.concatenate(columns.emission_weights, axis=-1),
+            bias=_add(columns.emission_bias),
+            input_weights=_add(columns.emission_input_weights),
+            cov=_add(columns.emission_cov),
         ),
     )
+
+
+class _Arrays(NamedTuple):
+    """The parameters of one component, or lists of those of all."""
+
+    initial_mean: Any
+    initial_cov: Any
+    weights: Any
+    bias: Any
+    input_weights: Any
+    cov: Any
+    emission_weights: Any
+    emission_bias: Any
+    emission_input_weights: Any
+    emission_cov: Any
+
+
+# Number of axes of each without time.
+RANKS = _Arrays(1, 2, 2, 1, 2, 2, 2, 1, 2, 2)
 
 
 def _common(what: str, values: set[int]) -> int | None:
@@ -71,16 +93,17 @@ def _common(what: str, values: set[int]) -> int | None:
 
 
 def _inputs(params: ParamsLGSSM) -> set[int]:
-    weights = (params.dynamics.input_weights, params.emissions.input_weights)
-    return {jnp.shape(value)[-1] for value in weights if value is not None}
+    weights: tuple[Any, Any] = (params.dynamics.input_weights, params.emissions.input_weights)
+    return {value.shape[-1] for value in weights if value is not None and not callable(value)}
 
 
-def _written_out(params: ParamsLGSSM, input_dim: int) -> ParamsLGSSM:
+def _written_out(params: ParamsLGSSM, input_dim: int) -> _Arrays:
     """Put zeros where a component has None or no inputs, and a full matrix for a diagonal R."""
-    if any(callable(value) for part in params for value in part):
+    values = _Arrays(*params.initial, *params.dynamics, *params.emissions)
+    if any(callable(value) for value in values):
         raise TypeError("combine needs parameters as arrays, got a function of time")
-    N, D = params.emissions.weights.shape[-2:]
-    dtype = params.emissions.weights.dtype
+    N, D = values.emission_weights.shape[-2:]
+    dtype = values.emission_weights.dtype
 
     def vector(value: Array | None, size: int) -> Array:
         return jnp.zeros(size, dtype) if value is None else value
@@ -88,50 +111,34 @@ def _written_out(params: ParamsLGSSM, input_dim: int) -> ParamsLGSSM:
     def input_weights(value: Array | None, size: int) -> Array:
         return jnp.zeros((size, input_dim), dtype) if value is None or 0 in value.shape else value
 
-    R = params.emissions.cov
-    if R.shape[-2:] != (N, N):
-        R = R[..., None] * jnp.eye(N, dtype=R.dtype)
-    return ParamsLGSSM(
-        initial=params.initial,
-        dynamics=params.dynamics._replace(
-            bias=vector(params.dynamics.bias, D),
-            input_weights=input_weights(params.dynamics.input_weights, D),
-        ),
-        emissions=params.emissions._replace(
-            bias=vector(params.emissions.bias, N),
-            input_weights=input_weights(params.emissions.input_weights, N),
-            cov=R,
-        ),
+    R = values.emission_cov
+    return values._replace(
+        bias=vector(values.bias, D),
+        input_weights=input_weights(values.input_weights, D),
+        emission_bias=vector(values.emission_bias, N),
+        emission_input_weights=input_weights(values.emission_input_weights, N),
+        emission_cov=R if R.shape[-2:] == (N, N) else R[..., None] * jnp.eye(N, dtype=R.dtype),
     )
 
 
-def _lengths(params: ParamsLGSSM) -> set[int]:
-    """Collect the lengths of the time axes of a written-out component."""
-    vectors = (params.dynamics.bias, params.emissions.bias)
-    matrices = (*params.dynamics[:1], *params.dynamics[2:], *params.emissions[:1])
-    matrices += params.emissions[2:]
-    varying = [value for value in vectors if value.ndim == 2]
-    varying += [value for value in matrices if value.ndim == 3]
-    return {value.shape[0] for value in varying}
+def _lengths(values: _Arrays) -> set[int]:
+    """Collect the lengths of the time axes."""
+    pairs = zip(values, RANKS, strict=True)
+    return {value.shape[0] for value, rank in pairs if value.ndim > rank}
 
 
 def _aligned(values: list[Array], rank: int) -> list[Array]:
-    """Broadcast over time those without a time axis, if one has it; `rank` is without time."""
+    """Broadcast over time those without a time axis, if one has it."""
     times = next((value.shape[:1] for value in values if value.ndim > rank), ())
     return [jnp.broadcast_to(value, times + value.shape[-rank:]) for value in values]
 
 
-def _concatenate(values: list[Array], rank: int, axis: int) -> Array:
-    return jnp.concatenate(_aligned(values, rank), axis=axis)
-
-
-def _add(values: list[Array], rank: int) -> Array:
-    return jnp.sum(jnp.stack(_aligned(values, rank)), axis=0)
+def _add(values: list[Array]) -> Array:
+    return jnp.sum(jnp.stack(values), axis=0)
 
 
 def _block_diagonal(values: list[Array]) -> Shaped[Array, "... D D"]:
     """Put square matrices on the diagonal."""
-    values = _aligned(values, 2)
     size = sum(value.shape[-1] for value in values)
     rows, start = [], 0
     for value in values:

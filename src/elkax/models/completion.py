@@ -95,10 +95,8 @@ def _fill_in_chunks(
     """Go through time in chunks, so that no array of T x N x N is made."""
     length, size = emissions.shape
     steps = max(1, min(length, CHUNK_NUMBERS // size**2))
-    ranks = EmissionModel(2, 1, 1 if variances_only else 2)
-    varying = EmissionModel(
-        *(x if x.ndim > rank else None for x, rank in zip(model, ranks, strict=True))
-    )
+    ranks = (2, 1, 1 if variances_only else 2)
+    varying = tuple(x if x.ndim > rank else None for x, rank in zip(model, ranks, strict=True))
 
     def to_chunks(x: Array) -> Array:
         # Zeros count as observed emissions, which add nothing to the sums.

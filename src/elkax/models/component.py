@@ -11,6 +11,7 @@ from dynamax.linear_gaussian_ssm.inference import (
     ParamsLGSSMEmissions,
     ParamsLGSSMInitial,
 )
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -19,7 +20,7 @@ Numbers = ArrayLike | Sequence[ArrayLike]
 
 def concrete(value: Numbers) -> np.ndarray | None:
     """Give the numbers of a value, or None while any of it is traced by a transformation."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
         return None
     return np.asarray(value)
 

@@ -32,14 +32,14 @@ def expected_statistics(
     """
     means, covariances = posterior.smoothed_means, posterior.smoothed_covariances
     length, state_dim = means.shape
+    cross = jnp.asarray(posterior.smoothed_cross_covariances)
     first = (means[0], covariances[0] + jnp.outer(means[0], means[0]), 1)
 
     before = _regressors(means[:-1], inputs[1:], has_dynamics_bias)
-    lagged = jnp.sum(posterior.smoothed_cross_covariances, axis=0)
     later = _product(before[:, state_dim:], means[1:])
     dynamics = (
         _add_to_corner(_product(before, before), jnp.sum(covariances[:-1], axis=0)),
-        jnp.concatenate((lagged, later)),
+        jnp.concatenate((jnp.sum(cross, axis=0), later)),
         _product(means[1:], means[1:]) + jnp.sum(covariances[1:], axis=0),
         length - 1,
     )

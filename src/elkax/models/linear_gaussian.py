@@ -199,7 +199,7 @@ class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
             has_dynamics_bias=self.has_dynamics_bias,
             has_emissions_bias=self.has_emissions_bias,
         )
-        return statistics, posterior.marginal_loglik
+        return statistics, jnp.asarray(posterior.marginal_loglik)
 
     def m_step(
         self,
@@ -249,9 +249,9 @@ class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
         Returns:
             Standard errors in the place and the units of the parameters: zero for frozen ones, NaN
             for those that depend on a direction in which the log-likelihood is flat, or curved the
-            wrong way, or curved less than its remaining gradient. Covariances on the boundary
-            (singular) are NaN as well. The Hessian costs as many gradients as there are trainable
-            numbers.
+            wrong way, or curved less than its remaining gradient. All are NaN if a trainable
+            covariance is singular, for it has no unconstrained form; freeze it. The Hessian costs
+            as many gradients as there are trainable numbers.
 
         References:
             Durbin & Koopman (2012), "Time Series Analysis by State Space Methods", Sec. 7.3.6.
@@ -261,6 +261,8 @@ class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
         if inputs is not None:
             batch_inputs = ensure_array_has_batch_dim(jnp.asarray(inputs), self.inputs_shape)
         free = FreeParameters(params, props)
+        if free.theta.size == 0:
+            return free.place(free.theta)
 
         def log_posterior(theta: Array) -> Array:
             here = free.constrain(theta)
@@ -270,51 +272,3 @@ class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
         return free.place(
             jax.jit(lambda theta: parameter_errors(log_posterior, free.values, theta))(free.theta)
         )
-
-
-class LinearGaussianConjugateSSM(LinearGaussianSSM, dynamax_models.LinearGaussianConjugateSSM):
-    """Linear-Gaussian model with conjugate priors, fitted by EM to the posterior mode.
-
-    Priors, M-step and Gibbs sampler are dynamax's; inference and missing data as in
-    `LinearGaussianSSM`. The exception is `fit_blocked_gibbs`, which draws its state paths with
-    dynamax's own sampler, sequentially and without missing data.
-
-    Args:
-        state_dim: D.
-        emission_dim: N.
-        input_dim: U.
-        has_dynamics_bias: whether there is $b$.
-        has_emissions_bias: whether there is $d$.
-        backend: how sequences are run; chosen from T and D if None.
-        form: "covariance" or "square_root", how covariances are stored while filtering.
-        priors: dynamax's `initial_prior` (normal-inverse-Wishart), `dynamics_prior` and
-            `emission_prior` (matrix-normal-inverse-Wishart).
-    """
-
-    def __init__(
-        self,
-        state_dim: int,
-        emission_dim: int,
-        input_dim: int = 0,
-        has_dynamics_bias: bool = True,
-        has_emissions_bias: bool = True,
-        *,
-        backend: Backend | None = None,
-        form: str = "covariance",
-        **priors: Any,
-    ) -> None:
-        """Set dimensions, strategy and priors; see the class."""
-        dynamax_models.LinearGaussianConjugateSSM.__init__(
-            self,
-            state_dim,
-            emission_dim,
-            input_dim,
-            has_dynamics_bias,
-            has_emissions_bias,
-            **priors,
-        )
-        self.backend = backend
-        self.form = form
-
-    # The priors make its M-step another one; it has its own formula for the initial covariance.
-    m_step = dynamax_models.LinearGaussianConjugateSSM.m_step

@@ -1,6 +1,7 @@
 """Maximum likelihood of any parametrisation of a linear-Gaussian model."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -72,8 +73,9 @@ def maximum_likelihood(
     the log-likelihood is not finite are stepped back from. Not for use inside `jit`.
 
     Args:
-        build: from $\theta$ to parameters, traceable and differentiable. Every real $\theta$ should
-            be allowed: build variances as `exp`.
+        build: from $\theta$ to parameters, pure, traceable and differentiable. Every real $\theta$
+            should be allowed: build variances as `exp`. Calls with the same function and shapes
+            compile once.
         start: where to start, any pytree of real numbers and arrays.
         emissions: $y$ (T, N), NaN where missing.
         inputs: $u$ (T, U).
@@ -95,26 +97,30 @@ def maximum_likelihood(
     References:
         Durbin & Koopman (2012), "Time Series Analysis by State Space Methods", Sec. 7.3.
     """
-    flat, unravel = _flatten(start)
+    start = jax.tree.map(_real_array, start)
+    flat, unravel = ravel_pytree(start)
     count = int(np.sum(np.isfinite(np.asarray(emissions, float))))
-    if count == 0:
-        raise ValueError("emissions must hold at least one observed number, got none")
+    for name, size in (("start", flat.size), ("emissions", count)):
+        if size == 0:
+            raise ValueError(f"{name} must hold at least one number, got none")
+    data = (jnp.asarray(emissions), None if inputs is None else jnp.asarray(inputs))
+    options = {"build": build, "initial": initial, "backend": backend, "form": form}
 
-    def negative(theta: Array) -> Array:
-        return -lgssm_marginal_log_prob(
-            build(unravel(theta)), emissions, inputs, initial=initial, backend=backend, form=form
-        )
+    def function(theta: Array) -> tuple[Array, Array]:
+        value, gradient = _value_and_gradient(unravel(theta), *data, **options)
+        return value, ravel_pytree(gradient)[0]
 
     if tolerance is None:
         tolerance = float(np.sqrt(jnp.finfo(flat.dtype).eps))
-    search = _Search(jax.jit(jax.value_and_grad(negative)), flat, count, tolerance, verbose)
+    search = _Search(function, flat, count, tolerance, verbose)
     message = search.run(max_iters)
     end = search.accepted
     theta, gradient = (jnp.asarray(x, flat.dtype) for x in (end.theta, end.gradient))
-    covariance = covariance_of(decompose(jax.jit(jax.hessian(negative))(theta), gradient))
+    estimate = unravel(theta)
+    covariance = covariance_of(decompose(_hessian(estimate, *data, **options), gradient))
     return MaximumLikelihoodFit(
-        estimate=unravel(theta),
-        params=build(unravel(theta)),
+        estimate=estimate,
+        params=build(estimate),
         log_likelihood=-end.value,
         standard_errors=unravel(jnp.sqrt(jnp.diagonal(covariance))),
         covariance=covariance,
@@ -125,16 +131,37 @@ def maximum_likelihood(
     )
 
 
-def _flatten(start: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
-    """Turn a start into one floating-point vector, and back."""
-    for leaf in jax.tree.leaves(start):
-        if not jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.number) or jnp.iscomplexobj(leaf):
-            raise TypeError(f"start must hold real numbers, got {leaf!r}")
-    floats = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(float, leaf)), start)
-    flat, unravel = ravel_pytree(floats)
-    if flat.size == 0:
-        raise ValueError(f"start must hold at least one number, got {start!r}")
-    return flat, unravel
+def _real_array(leaf: Any) -> Array:
+    dtype = np.asarray(leaf).dtype
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"start must hold real numbers, got {leaf!r}")
+    return jnp.asarray(leaf, jnp.result_type(float, leaf))
+
+
+def _negative_log_likelihood(
+    theta: PyTree, emissions: Array, inputs: Array | None, build: Callable, options: dict[str, Any]
+) -> Array:
+    return -lgssm_marginal_log_prob(build(theta), emissions, inputs, **options)
+
+
+# Compiled once for one `build` and one shape of the data, so that refits cost no compilation.
+@partial(jax.jit, static_argnames=("build", "initial", "backend", "form"))
+def _value_and_gradient(
+    theta: PyTree, emissions: Array, inputs: Array | None, *, build: Callable, **options: Any
+) -> tuple[Array, PyTree]:
+    return jax.value_and_grad(_negative_log_likelihood)(theta, emissions, inputs, build, options)
+
+
+@partial(jax.jit, static_argnames=("build", "initial", "backend", "form"))
+def _hessian(
+    theta: PyTree, emissions: Array, inputs: Array | None, *, build: Callable, **options: Any
+) -> Array:
+    flat, unravel = ravel_pytree(theta)
+
+    def value(x: Array) -> Array:
+        return _negative_log_likelihood(unravel(x), emissions, inputs, build, options)
+
+    return jax.hessian(value)(flat)
 
 
 class _Point(NamedTuple):

@@ -1,6 +1,7 @@
 """Affine recurrences, dense and diagonal."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -109,12 +110,14 @@ def affine_scan(
     transition, offset, initial_state = jax.tree.map(
         lambda leaf: leaf.astype(dtype), (transition, offset, initial_state)
     )
-    _, states = run(
-        Affine(size, diagonal),
-        initial_state,
-        (transition, offset),
-        backend=backend,
-        state_dim=size,
-        reverse=reverse,
-    )
-    return states
+    return _affine_scan(transition, offset, initial_state, reverse=reverse, backend=backend)
+
+
+@partial(jax.jit, static_argnames=("reverse", "backend"))
+def _affine_scan(
+    transition: Array, offset: Array, start: Array, *, reverse: bool, backend: Backend | None
+) -> Array:
+    size = start.shape[0]
+    recurrence = Affine(size, diagonal=transition.ndim == 2)
+    xs = transition, offset
+    return run(recurrence, start, xs, backend=backend, state_dim=size, reverse=reverse)[1]

@@ -55,6 +55,7 @@ class Scannable(Protocol):
         ...
 
 
+@runtime_checkable
 class Backend(Protocol):
     """A way to run a `Scannable` over a sequence."""
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from dynamax.linear_gaussian_ssm import ParamsLGSSM
+from dynamax.linear_gaussian_ssm import ParamsLGSSM, PosteriorGSSMSmoothed
 from jaxtyping import Array, ArrayLike
 
 from elkax.gaussian import FilterOutput, Form, Model
@@ -171,7 +171,7 @@ def _dynamics_disturbances(
     return integrate(mean, cov, effect.mean[-1], effect.cov[-1])
 
 
-def _emission_disturbances(problem: Problem, posterior: NamedTuple) -> tuple[Array, Array]:
+def _emission_disturbances(problem: Problem, posterior: PosteriorGSSMSmoothed) -> tuple[Array, Array]:
     r"""Give the moments of $\epsilon_t$; a missing entry follows from the observed ones.
 
     With $M = R_{\cdot o}R_{oo}^{-1}$: $M\hat\epsilon_o$ and $R - MR_{o\cdot} + MH_oPH_o^\top M^\top$.

@@ -1,0 +1,23 @@
+import jax
+import pytest
+from jaxtyping import config, install_import_hook
+
+jax.config.update("jax_enable_x64", True)
+
+# Shapes and types of every call are checked while the tests run; users do not pay for it.
+# Stays installed, so that it meets the modules that elkax itself does not import, too.
+install_import_hook("elkax", "beartype.beartype")
+
+
+@pytest.fixture
+def key():
+    """A random key, the same in every test; split it for more."""
+    return jax.random.key(20240719)
+
+
+@pytest.fixture
+def unchecked():
+    """Turn the checks of shapes and types off: a wrong call then meets the error a user sees."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)

@@ -1,0 +1,101 @@
+"""Small-matrix factorisations against NumPy, with and without lanes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from elkax.gaussian.factor import (
+    cho_solve,
+    is_regular,
+    psd_cholesky,
+    solve_lower,
+    tria,
+    unit_ldl,
+)
+from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes
+
+# 9 lies beyond the size up to which loops are written out.
+SIZES = [1, 3, 9]
+
+
+def batch(rows, columns, seed=0):
+    return np.random.default_rng(seed).normal(size=(5, rows, columns))
+
+
+def over_lanes(function, *matrices):
+    got = jax.jit(function)(*(to_lanes(jnp.asarray(m)) for m in matrices))
+    return jax.tree.map(from_lanes, got)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_cholesky_of_definite_and_singular_matrices(size):
+    for rank in {size, max(1, size // 2)}:
+        root = batch(size, rank)
+        p = root @ np.swapaxes(root, 1, 2)
+        factor = over_lanes(psd_cholesky, p)
+        assert np.all(np.triu(factor, 1) == 0) and np.all(np.isfinite(factor))
+        np.testing.assert_allclose(factor @ np.swapaxes(factor, 1, 2), p, atol=1e-10 * size)
+        np.testing.assert_allclose(psd_cholesky(jnp.asarray(p[0])), factor[0], atol=1e-10 * size)
+        assert np.all(over_lanes(is_regular, factor) == (rank == size))
+
+
+def test_cholesky_of_zero_and_of_nan():
+    assert np.all(psd_cholesky(jnp.zeros((3, 3))) == 0)
+    assert np.isnan(psd_cholesky(jnp.full((3, 3), jnp.nan))).any()
+    assert not is_regular(psd_cholesky(jnp.zeros((3, 3))))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_tria(size):
+    a = batch(size, 2 * size + 1)
+    a[1, -1] = a[1, 0]  # dependent rows
+    lower = over_lanes(tria, a)
+    assert np.all(np.triu(lower, 1) == 0)
+    assert np.all(np.diagonal(lower, axis1=1, axis2=2) >= -1e-12)
+    # Relative to the largest entries; a QR is backward stable.
+    np.testing.assert_allclose(lower @ np.swapaxes(lower, 1, 2), a @ np.swapaxes(a, 1, 2), atol=1e-11)
+    np.testing.assert_allclose(tria(jnp.asarray(a[0])), lower[0], atol=1e-12)
+    assert np.all(tria(jnp.zeros((2, 4))) == 0)
+
+
+def test_tria_of_tiny_numbers_does_not_underflow():
+    a = jnp.asarray(batch(3, 6)[0] * 1e-30, jnp.float32)
+    # Compared as factors: squares of these are zero in float32.
+    scaled = np.asarray(tria(a * 1e30))
+    np.testing.assert_allclose(np.asarray(tria(a)) * 1e30, scaled, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_solves(size):
+    factor = np.tril(batch(size, size)) + 3 * np.eye(size)
+    b = batch(size, 2, seed=1)
+    np.testing.assert_allclose(over_lanes(solve_lower, factor, b), np.linalg.solve(factor, b), atol=1e-10)
+    transposed = over_lanes(lambda f, x: solve_lower(f, x, transposed=True), factor, b)
+    np.testing.assert_allclose(transposed, np.linalg.solve(np.swapaxes(factor, 1, 2), b), atol=1e-10)
+    p = factor @ np.swapaxes(factor, 1, 2)
+    np.testing.assert_allclose(over_lanes(cho_solve, factor, b), np.linalg.solve(p, b), atol=1e-9)
+    # One factor for all lanes.
+    shared = from_lanes(solve_lower(jnp.asarray(factor[0]), to_lanes(jnp.asarray(b))))
+    np.testing.assert_allclose(shared, np.linalg.solve(factor[0], b), atol=1e-10)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_unit_ldl_whitens_correlated_errors(size):
+    for rank in {size, max(1, size // 2)}:
+        root = batch(size, rank)
+        r = root @ np.swapaxes(root, 1, 2)
+        inverse, pivots = over_lanes(unit_ldl, r)
+        np.testing.assert_allclose(np.diagonal(inverse, axis1=1, axis2=2), 1.0)
+        white = inverse @ r @ np.swapaxes(inverse, 1, 2)
+        expected = pivots[:, :, None] * np.eye(size)
+        # The unpivoted inverse of a unit factor grows with the size.
+        np.testing.assert_allclose(white, expected, atol=1e-7 * np.abs(inverse).max() ** 2)
+
+
+@pytest.mark.parametrize("inner", [3, 8, 9])
+def test_products(inner):
+    a, b, x = batch(4, inner), batch(inner, 2, 1), batch(inner, 1, 2)[..., 0]
+    np.testing.assert_allclose(over_lanes(matmul, a, b), a @ b, atol=1e-13)
+    np.testing.assert_allclose(from_lanes(matmul(jnp.asarray(a[0]), to_lanes(jnp.asarray(b)))), a[0] @ b, atol=1e-13)
+    np.testing.assert_allclose(over_lanes(matvec, a, x), np.einsum("tij,tj->ti", a, x), atol=1e-13)

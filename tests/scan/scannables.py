@@ -1,0 +1,89 @@
+"""One instance of every `Scannable`, with inputs, for the contract of the scan layer."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elkax.gaussian import Covariance, KalmanFilter, Model, SquareRoot
+from elkax.gaussian.kalman import constant_part, over_time
+from elkax.gaussian.markov import GaussMarkov, Transition
+from elkax.scan import Affine
+
+
+class Case(NamedTuple):
+    """A recurrence, its start, and inputs with leading axis T."""
+
+    scannable: Any
+    state: Any
+    xs: Any
+
+
+def _stable(rng, length, size):
+    return 0.9 * np.linalg.qr(rng.normal(size=(length, size, size)))[0]
+
+
+def _covariances(rng, length, size):
+    root = rng.normal(size=(length, size, size))
+    return root @ np.swapaxes(root, -1, -2) / size
+
+
+def affine(length, *, diagonal):
+    rng = np.random.default_rng(1)
+    weights = rng.uniform(-0.9, 0.9, (length, 3)) if diagonal else _stable(rng, length, 3)
+    xs = jnp.asarray(weights), jnp.asarray(rng.normal(size=(length, 3)))
+    return Case(Affine(3, diagonal), jnp.asarray(rng.normal(size=3)), xs)
+
+
+def gauss_markov(length, *, form):
+    rng = np.random.default_rng(2)
+    covs = jax.vmap(form.encode)(jnp.asarray(_covariances(rng, length, 3)))
+    weights, offsets = _stable(rng, length, 3), rng.normal(size=(length, 3))
+    state = jnp.asarray(rng.normal(size=3)), form.encode(jnp.asarray(_covariances(rng, 1, 3)[0]))
+    return Case(
+        GaussMarkov(3, form), state, Transition(jnp.asarray(weights), jnp.asarray(offsets), covs)
+    )
+
+
+def kalman(length, *, form):
+    """Everything varies in time, single entries are missing, and padding stands at the end."""
+    rng = np.random.default_rng(3)
+    model = Model(
+        initial_mean=jnp.asarray(rng.normal(size=3)),
+        initial_cov=form.encode(jnp.asarray(_covariances(rng, 1, 3)[0])),
+        weights=jnp.asarray(_stable(rng, length, 3)),
+        offset=jnp.asarray(rng.normal(size=(length, 3))),
+        noise=jax.vmap(form.encode)(jnp.asarray(_covariances(rng, length, 3))),
+        rows=jnp.asarray(rng.normal(size=(length, 2, 3))),
+        variances=jnp.asarray(rng.uniform(0.1, 1.0, (length, 2))),
+        values=jnp.asarray(rng.normal(size=(length, 2))),
+        observed=jnp.asarray(rng.uniform(size=(length, 2)) > 0.2),
+        first=(jnp.arange(length) == 0).astype(float),
+        valid=jnp.arange(length) <= 0.9 * length,
+    )
+    start = jnp.zeros(3), jnp.zeros((3, 3))
+    xs = over_time(lambda field, rank: field, model)
+    return Case(KalmanFilter(constant_part(model), form), start, xs)
+
+
+CASES = {
+    "affine dense": lambda length: affine(length, diagonal=False),
+    "affine diagonal": lambda length: affine(length, diagonal=True),
+    "gauss-markov covariance": lambda length: gauss_markov(length, form=Covariance()),
+    "gauss-markov square root": lambda length: gauss_markov(length, form=SquareRoot()),
+    "kalman covariance": lambda length: kalman(length, form=Covariance()),
+    "kalman square root": lambda length: kalman(length, form=SquareRoot()),
+}
+
+
+def decoded(case, tree):
+    """Replace factors by what they stand for: they are unique only up to rounding-level signs."""
+    form = getattr(case.scannable, "form", None)
+    if not isinstance(form, SquareRoot):
+        return tree
+
+    def decode(leaf):
+        return leaf @ jnp.swapaxes(leaf, -1, -2) if leaf.shape[-2:] == (3, 3) else leaf
+
+    return jax.tree.map(decode, tree)

@@ -1,0 +1,73 @@
+"""The laws of `Scannable`, for every instance."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from scan.scannables import CASES, decoded
+
+# Each side is a handful of float64 products of well-conditioned 3 x 3 matrices.
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def summary_of(case, start, stop):
+    """Absorb the steps start, ..., stop - 1."""
+    empty = case.scannable.identity((), jnp.float64)
+    part = jax.tree.map(lambda leaf: leaf[start:stop], case.xs)
+
+    def absorb(summary, x):
+        return case.scannable.absorb(summary, x), None
+
+    return jax.lax.scan(absorb, empty, part)[0]
+
+
+def plain(case, summary):
+    """A summary with factors multiplied out, without its flag."""
+    leaves = [leaf for leaf in jax.tree.leaves(summary) if leaf.dtype != bool]
+    weights = leaves[0]  # the transition is no factor
+    return [weights, *decoded(case, leaves[1:])]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_absorb_is_combine_with_one_step(name):
+    case = CASES[name](33)
+    left, right = summary_of(case, 0, 20), summary_of(case, 20, 21)
+    longer = jax.jit(case.scannable.absorb)(left, jax.tree.map(lambda leaf: leaf[20], case.xs))
+    joined = jax.jit(case.scannable.combine)(left, right)
+    chex.assert_trees_all_close(plain(case, longer), plain(case, joined), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_combine_is_associative_with_neutral_identity(name):
+    case = CASES[name](33)
+    a, b, c = summary_of(case, 0, 5), summary_of(case, 5, 17), summary_of(case, 17, 33)
+    combine = jax.jit(case.scannable.combine)
+    whole = plain(case, summary_of(case, 0, 33))
+    for joined in (combine(combine(a, b), c), combine(a, combine(b, c))):
+        chex.assert_trees_all_close(plain(case, joined), whole, **TOLERANCE)
+    empty = case.scannable.identity((), jnp.float64)
+    for joined in (combine(empty, a), combine(a, empty)):
+        chex.assert_trees_all_close(plain(case, joined), plain(case, a), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("length", [1, 31, 33, 8191])
+def test_apply_is_the_fold_of_step(name, length):
+    case = CASES[name](length)
+    jumped = jax.jit(case.scannable.apply)(summary_of(case, 0, length), case.state)
+    folded, _ = jax.lax.scan(case.scannable.step, case.state, case.xs)
+    chex.assert_trees_all_close(decoded(case, jumped), decoded(case, folded), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lanes_are_independent(name):
+    case = CASES[name](6)
+    empty = case.scannable.identity((6,), jnp.float64)
+    lanes = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), case.xs)
+    absorb = jax.jit(case.scannable.absorb)
+    together = absorb(empty, lanes)
+    for t in range(6):
+        x = jax.tree.map(lambda leaf, t=t: leaf[t], case.xs)
+        alone = absorb(case.scannable.identity((), jnp.float64), x)
+        lane = jax.tree.map(lambda leaf, t=t: leaf[..., t], together)
+        chex.assert_trees_all_close(plain(case, lane), plain(case, alone), **TOLERANCE)

@@ -1,0 +1,144 @@
+"""Singular innovation covariances, and NaN where a number must not look right."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import elkax
+from problems import Problem, make_params, smooth_trend, with_inputs
+from smoothers.linear_checks import (
+    BACKENDS,
+    FAST_COMPILE,
+    WAYS,
+    check_smoothed,
+    compiled,
+    oracle,
+    within,
+)
+
+T = 7
+PROBLEMS = {"sound": smooth_trend(T, R=0.5), "unsound": smooth_trend(T)}
+
+
+@pytest.mark.parametrize(
+    "backend, form",
+    [("associative", "covariance"), ("blocked", "covariance"), ("blocked", "square_root")],
+)
+def test_parallel_backends_give_way_to_the_sequential(backend, form):
+    """H Q H^T + R = 0: no block has a summary, yet every innovation covariance is positive."""
+    problem = PROBLEMS["unsound"][:2]
+    posterior = compiled("lgssm_smoother", backend, form)(*problem)
+    plain = compiled("lgssm_smoother", "sequential", form)(*problem)
+    check_smoothed(posterior, oracle(PROBLEMS["unsound"]))
+    for name, actual, expected in zip(plain._fields, posterior, plain, strict=True):
+        # The same loop on the same numbers; the compiler may order a product differently.
+        scale = np.max(np.abs(expected))
+        within(actual, np.asarray(expected), 1e-12 * scale, name)
+
+
+def test_a_batch_of_sound_and_unsound_problems():
+    """Under `vmap` one member gives way and the other does not."""
+    batch = jax.tree.map(lambda *x: jnp.stack(x), *(p[:2] for p in PROBLEMS.values()))
+    smooth = partial(elkax.lgssm_smoother, backend=BACKENDS["blocked"])
+    posteriors = jax.jit(jax.vmap(smooth), compiler_options=FAST_COMPILE)(*batch)
+    for i, problem in enumerate(PROBLEMS.values()):
+        check_smoothed(jax.tree.map(lambda x, i=i: x[i], posteriors), oracle(problem))
+
+
+def test_gradient_where_the_parallel_backend_gives_way():
+    problem = PROBLEMS["unsound"]
+
+    def gradient(backend):
+        value = partial(elkax.lgssm_marginal_log_prob, backend=BACKENDS[backend])
+        return jax.jit(jax.grad(value), compiler_options=FAST_COMPILE)(*problem[:2])
+
+    gradients = gradient("sequential"), gradient("blocked")
+    for plain, blocked in zip(*map(jax.tree.leaves, gradients), strict=True):
+        assert np.all(np.isfinite(plain))
+        # Derivatives here reach 1e3; both come from the same loop.
+        np.testing.assert_allclose(blocked, plain, rtol=1e-9, atol=1e-8)
+
+
+def truly_singular(kind):
+    """Models whose emissions have a singular joint covariance."""
+    one = np.eye(1)
+    sensors = [[1.0], [1.0]]
+    if kind == "two identical exact sensors":
+        params = make_params([0.0], one, 0.9 * one, one, sensors, np.zeros((2, 2)))
+    else:
+        params = make_params([0.0], 0 * one, 0.9 * one, 0 * one, sensors, np.zeros((2, 2)))
+    return Problem(params, jnp.ones((T, 2)))
+
+
+@pytest.mark.parametrize("kind", ["two identical exact sensors", "no noise at all"])
+@pytest.mark.parametrize("backend, form", WAYS)
+def test_truly_singular_innovations_give_a_nan_likelihood(kind, backend, form):
+    problem = truly_singular(kind)
+    assert np.isnan(compiled("lgssm_marginal_log_prob", backend, form)(*problem[:2]))
+
+
+def test_identical_sensors_of_which_one_is_missing():
+    """Only the observed block has to be regular."""
+    problem = truly_singular("two identical exact sensors")
+    emissions = problem.emissions.at[:, 1].set(jnp.nan)
+    single = make_params([0.0], np.eye(1), [[0.9]], np.eye(1), [[1.0]], np.zeros((1, 1)))
+    both = elkax.lgssm_marginal_log_prob(problem.params, emissions)
+    one = elkax.lgssm_marginal_log_prob(single, emissions[:, :1])
+    np.testing.assert_allclose(both, one, rtol=1e-12)
+
+
+PARAMETERS = [
+    ("initial", "mean"),
+    ("initial", "cov"),
+    ("dynamics", "weights"),
+    ("dynamics", "bias"),
+    ("dynamics", "input_weights"),
+    ("dynamics", "cov"),
+    ("emissions", "weights"),
+    ("emissions", "bias"),
+    ("emissions", "input_weights"),
+    ("emissions", "cov"),
+]
+
+
+@pytest.mark.parametrize("group, name", PARAMETERS)
+@pytest.mark.parametrize(
+    "backend, form", [("sequential", "covariance"), ("blocked", "square_root")]
+)
+def test_nan_in_a_parameter_gives_a_nan_likelihood(group, name, backend, form):
+    """NaN means missing in the emissions and nowhere else."""
+    problem = with_inputs()
+    part = getattr(problem.params, group)
+    spoiled = getattr(part, name).at[(0,) * getattr(part, name).ndim].set(jnp.nan)
+    if name == "cov":  # stays symmetric: the last diagonal entry as well
+        spoiled = spoiled.at[-1, -1].set(jnp.nan)
+    params = problem.params._replace(**{group: part._replace(**{name: spoiled})})
+    value = compiled("lgssm_marginal_log_prob", backend, form)(
+        params, problem.emissions, problem.inputs
+    )
+    assert np.isnan(value)
+
+
+def test_nan_input_gives_a_nan_likelihood():
+    problem = with_inputs()
+    inputs = problem.inputs.at[4].set(jnp.nan)
+    value = compiled("lgssm_marginal_log_prob", "blocked", "square_root")(
+        problem.params, problem.emissions, inputs
+    )
+    assert np.isnan(value)
+
+
+@pytest.mark.parametrize("form", ["covariance", "square_root"])
+def test_indefinite_covariance_gives_a_nan_likelihood(form):
+    """A negative emission variance larger than what the state adds."""
+    problem = with_inputs(R=np.diag([0.5, 0.5]))
+    emissions = problem.params.emissions._replace(cov=jnp.diag(jnp.array([0.5, -1e3])))
+    params = problem.params._replace(emissions=emissions)
+    backend = {"covariance": "sequential", "square_root": "blocked"}[form]
+    value = compiled("lgssm_marginal_log_prob", backend, form)(
+        params, problem.emissions, problem.inputs
+    )
+    assert np.isnan(value)
