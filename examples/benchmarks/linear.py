@@ -205,7 +205,8 @@ def run_cell(task, cell, names, repeats, limit):
         ratio = np.median(np.array(measured) / ours)
         print(
             f"  {name:18s} {1e3 * np.median(measured):9.2f} ms  {ratio:7.2f} x elkax  compile "
-            f"{seconds[name]:5.1f} s  peak {peaks[name] / 2**20:8.1f} MiB  error {errors[name]:.1e}",
+            f"{seconds[name]:5.1f} s  peak {peaks[name] / 2**20:8.1f} MiB  "
+            f"error {errors[name]:.1e}",
             flush=True,
         )
 

@@ -54,7 +54,9 @@ def test_tria(size):
     assert np.all(np.triu(lower, 1) == 0)
     assert np.all(np.diagonal(lower, axis1=1, axis2=2) >= -1e-12)
     # Relative to the largest entries; a QR is backward stable.
-    np.testing.assert_allclose(lower @ np.swapaxes(lower, 1, 2), a @ np.swapaxes(a, 1, 2), atol=1e-11)
+    np.testing.assert_allclose(
+        lower @ np.swapaxes(lower, 1, 2), a @ np.swapaxes(a, 1, 2), atol=1e-11
+    )
     np.testing.assert_allclose(tria(jnp.asarray(a[0])), lower[0], atol=1e-12)
     assert np.all(tria(jnp.zeros((2, 4))) == 0)
 
@@ -70,9 +72,13 @@ def test_tria_of_tiny_numbers_does_not_underflow():
 def test_solves(size):
     factor = np.tril(batch(size, size)) + 3 * np.eye(size)
     b = batch(size, 2, seed=1)
-    np.testing.assert_allclose(over_lanes(solve_lower, factor, b), np.linalg.solve(factor, b), atol=1e-10)
+    np.testing.assert_allclose(
+        over_lanes(solve_lower, factor, b), np.linalg.solve(factor, b), atol=1e-10
+    )
     transposed = over_lanes(lambda f, x: solve_lower(f, x, transposed=True), factor, b)
-    np.testing.assert_allclose(transposed, np.linalg.solve(np.swapaxes(factor, 1, 2), b), atol=1e-10)
+    np.testing.assert_allclose(
+        transposed, np.linalg.solve(np.swapaxes(factor, 1, 2), b), atol=1e-10
+    )
     p = factor @ np.swapaxes(factor, 1, 2)
     np.testing.assert_allclose(over_lanes(cho_solve, factor, b), np.linalg.solve(p, b), atol=1e-9)
     # One factor for all lanes.
@@ -97,5 +103,7 @@ def test_unit_ldl_whitens_correlated_errors(size):
 def test_products(inner):
     a, b, x = batch(4, inner), batch(inner, 2, 1), batch(inner, 1, 2)[..., 0]
     np.testing.assert_allclose(over_lanes(matmul, a, b), a @ b, atol=1e-13)
-    np.testing.assert_allclose(from_lanes(matmul(jnp.asarray(a[0]), to_lanes(jnp.asarray(b)))), a[0] @ b, atol=1e-13)
+    np.testing.assert_allclose(
+        from_lanes(matmul(jnp.asarray(a[0]), to_lanes(jnp.asarray(b)))), a[0] @ b, atol=1e-13
+    )
     np.testing.assert_allclose(over_lanes(matvec, a, x), np.einsum("tij,tj->ti", a, x), atol=1e-13)

@@ -130,7 +130,7 @@ def test_points_where_the_likelihood_is_not_finite_are_stepped_back_from(monkeyp
         # A wall close behind the maximum, at 9.6224.
         return jax.tree.map(lambda x: jnp.where(theta["noise"] < 9.65, x, jnp.nan), params)
 
-    fit = maximum_likelihood(build, {"level": 7.0, "noise": 6.0}, NILE)
+    fit = maximum_likelihood(build, {"level": 9.0, "noise": 5.0}, NILE)
     assert refusals.count > 0
     assert fit.converged, fit.message
     np.testing.assert_allclose(fit.estimate["noise"], 9.62242922, atol=1e-6)

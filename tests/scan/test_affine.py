@@ -37,7 +37,9 @@ def test_equals_a_loop(backend, length, diagonal, reverse):
     got = affine_scan(
         *map(jnp.asarray, (transition, offset, start)), reverse=reverse, backend=backend
     )
-    np.testing.assert_allclose(got, loop(transition, offset, start, reverse), rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(
+        got, loop(transition, offset, start, reverse), rtol=1e-12, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("diagonal", [False, True])

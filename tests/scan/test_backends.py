@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scan.scannables import CASES, decoded
 
 import elkax
 from elkax.scan import Associative, Blocked, Sequential, choose, run
 from elkax.scan.lanes import materialize
+from scan.scannables import CASES, decoded
 
 BACKENDS = [Sequential(), Associative(), Blocked(1), Blocked(4), Blocked(7), Blocked(64)]
 # As for the laws: rounding of a few hundred well-conditioned float64 operations.

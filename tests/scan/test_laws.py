@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+
 from scan.scannables import CASES, decoded
 
 # Each side is a handful of float64 products of well-conditioned 3 x 3 matrices.

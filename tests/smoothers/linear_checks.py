@@ -16,9 +16,17 @@ BACKENDS = {
     "blocked": elkax.Blocked(num_blocks=4),
 }
 FORMS = ("covariance", "square_root")
-WAYS = [(backend, form) for backend in BACKENDS for form in FORMS]
+# The associative scan takes half a minute to compile, so it meets the contract in one form.
+WAYS = [
+    ("sequential", "covariance"),
+    ("sequential", "square_root"),
+    ("blocked", "covariance"),
+    ("blocked", "square_root"),
+    ("associative", "covariance"),
+]
+QUICK_WAYS = WAYS[:-1]
 # Every backend and every form once, for shapes of which the full product would only cost compiles.
-FEW_WAYS = [("sequential", "square_root"), ("associative", "covariance"), ("blocked", "covariance")]
+FEW_WAYS = [("sequential", "square_root"), ("blocked", "covariance")]
 
 # Float64 rounds at 1e-16; problems here have condition numbers up to about 1e6.
 RTOL = 1e-9

@@ -87,7 +87,7 @@ DIFFUSE_RTOL = 1e-8
 
 
 HOW = {
-    "level": ("associative", "covariance"),
+    "level": ("blocked", "covariance"),
     "trend": ("sequential", "square_root"),
     "slope alone": ("blocked", "square_root"),
 }

@@ -9,15 +9,14 @@ import elkax
 from elkax.datasets import load_co2, load_nile, load_sunspots
 from oracles import model_arrays, sequential
 from problems import Problem, local_level, make_params
-from smoothers.linear_checks import WAYS, compiled, within
+from smoothers.linear_checks import QUICK_WAYS, compiled, within
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from statsmodels.tsa.api import SARIMAX, UnobservedComponents
 
 
-# The tree's two forms share everything that matters at D = 1, and take long to compile.
-NILE_WAYS = [way for way in WAYS if way != ("associative", "square_root")]
+NILE_WAYS = QUICK_WAYS
 
 
 def nile(gaps=False):

@@ -62,9 +62,9 @@ def test_filter_and_log_likelihood_match_the_dense_posterior(name, form):
     "T, backend, form",
     [
         (1, "sequential", "square_root"),
-        (1, "associative", "square_root"),
+        (1, "blocked", "square_root"),
         (1, "blocked", "covariance"),
-        (2, "associative", "covariance"),
+        (2, "blocked", "covariance"),
         (2, "blocked", "square_root"),
     ],
 )
@@ -76,7 +76,7 @@ def test_one_and_two_time_steps(T, backend, form):
 
 
 SHAPES = {
-    "D = 1, N = 1": (partial(random_stable, 1, 1, 33), "associative", "square_root"),
+    "D = 1, N = 1": (partial(random_stable, 1, 1, 33), "blocked", "square_root"),
     "D = 3, N = 2": (partial(random_stable, 3, 2, 33), "blocked", "covariance"),
     "more sensors than states": (partial(random_stable, 2, 4, 33), "blocked", "square_root"),
     "R of shape (N,)": (
@@ -96,7 +96,7 @@ SHAPES = {
     ),
     "D = 5, N = 2": (partial(random_stable, 5, 2, 33), "sequential", "square_root"),
     "D = 12, N = 3": (partial(random_stable, 12, 3, 17), "blocked", "covariance"),
-    "D = 12, N = 3 by a tree": (partial(random_stable, 12, 3, 5), "associative", "square_root"),
+    "D = 12, N = 3 in blocks": (partial(random_stable, 12, 3, 5), "blocked", "square_root"),
 }
 
 
@@ -225,7 +225,7 @@ RAGGED_SMOOTHER = jax.jit(
 
 
 @pytest.mark.parametrize(
-    "backend, form", [("sequential", "square_root"), ("associative", "covariance")]
+    "backend, form", [("sequential", "square_root"), ("blocked", "covariance")]
 )
 def test_vmap_over_emissions_with_shared_parameters(backend, form):
     problem = random_stable(2, 2, T_CONTRACT)

@@ -16,7 +16,7 @@ from elkax.gaussian.kalman import (
 )
 from elkax.gaussian.markov import GaussMarkov, Transition
 from elkax.scan import Backend, run
-from elkax.scan.lanes import from_lanes, matmul, materialize, to_lanes, transpose
+from elkax.scan.lanes import from_lanes, materialize, matmul, to_lanes, transpose
 from elkax.scan.layout import in_blocks
 
 

@@ -27,9 +27,7 @@ class Covariance:
         """Return the covariance."""
         return stored
 
-    def cholesky(
-        self, stored: Float[Array, "n n *lanes"], *, written_out: bool = False
-    ) -> Array:
+    def cholesky(self, stored: Float[Array, "n n *lanes"], *, written_out: bool = False) -> Array:
         """Return a lower, possibly singular factor."""
         return psd_cholesky(stored, written_out=written_out)
 

@@ -2,8 +2,8 @@
 
 Matrix axes come first, lanes last. Columns are run over by a `fori_loop`, which compiles fast, or,
 where `written_out` asks for it and they are few, written out with every column materialized, which
-runs two to three times faster over lanes. None of them calls a batched triangular or LU solve, which can deadlock
-XLA's CPU thread pool inside a parallel scan and is slow for small matrices.
+runs two to three times faster over lanes. None of them calls a batched triangular or LU solve,
+which can deadlock XLA's CPU thread pool inside a parallel scan and is slow for small matrices.
 """
 
 from collections.abc import Callable

@@ -18,18 +18,47 @@ from elkax.scan.lanes import MAX_UNROLLED, dot, materialize, matmul, matvec, out
 class Form(Protocol):
     """How a covariance is stored; see `Covariance` and `SquareRoot`."""
 
-    def encode(self, covariance: Array) -> Array: ...
-    def decode(self, stored: Array) -> Array: ...
-    def cholesky(self, stored: Array, *, written_out: bool = False) -> Array: ...
-    def times(self, stored: Array, x: Array) -> Array: ...
-    def predict(self, weights: Array, stored: Array, noise: Array) -> Array: ...
-    def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]: ...
-    def rounding(self, floor: Array) -> Array: ...
+    def encode(self, covariance: Array) -> Array:
+        """Store a covariance."""
+        ...
+
+    def decode(self, stored: Array) -> Array:
+        """Return the covariance."""
+        ...
+
+    def cholesky(self, stored: Array, *, written_out: bool = False) -> Array:
+        """Return a lower factor, possibly singular."""
+        ...
+
+    def times(self, stored: Array, x: Array) -> Array:
+        """Multiply the covariance with a vector."""
+        ...
+
+    def predict(self, weights: Array, stored: Array, noise: Array) -> Array:
+        """Propagate through an affine-Gaussian step."""
+        ...
+
+    def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]:
+        """Begin a scalar update: the projection on its row, and the innovation variance."""
+        ...
+
+    def rounding(self, floor: Array) -> Array:
+        """Return the rounding level of an innovation variance."""
+        ...
+
     def update(
         self, stored: Array, projection: Array, variance: Array, s: Array, active: Array
-    ) -> tuple[Array, Array]: ...
-    def accumulate(self, stored: Array, columns: Array) -> Array: ...
-    def condition(self, stored: Array, information: Array) -> Array: ...
+    ) -> tuple[Array, Array]:
+        """End a scalar update: the gain and the conditional covariance."""
+        ...
+
+    def accumulate(self, stored: Array, columns: Array) -> Array:
+        """Add the squares of columns to an information matrix."""
+        ...
+
+    def condition(self, stored: Array, information: Array) -> Array:
+        """Condition on information about the state itself."""
+        ...
 
 
 class Model(NamedTuple):
@@ -67,7 +96,7 @@ class Model(NamedTuple):
 
 
 # Number of axes of each field without time.
-RANKS = Model(1, 2, 2, 1, 2, 2, 1, 1, 1, 0, 0)
+RANKS = (1, 2, 2, 1, 2, 2, 1, 1, 1, 0, 0)
 
 
 def over_time(function: Callable[[Any, int], Any], model: Model) -> Model:
@@ -152,7 +181,9 @@ class KalmanFilter:
     fixed: Model
     form: Any
 
-    def step(self, state: tuple[Array, Array], x: Model) -> tuple[tuple[Array, Array], FilterOutput]:
+    def step(
+        self, state: tuple[Array, Array], x: Model
+    ) -> tuple[tuple[Array, Array], FilterOutput]:
         """Predict and update."""
         model = merge(self.fixed, x)
         mean, cov = state
@@ -213,9 +244,7 @@ class KalmanFilter:
             projection, s = self.form.project(c, h, variance)
             residual = value - dot(h, b)
             through = matvec(transpose(a), h)
-            projection, s, residual, through = materialize(
-                (projection, s, residual, through), 1
-            )
+            projection, s, residual, through = materialize((projection, s, residual, through), 1)
             singular, active, s = self._judge(s, floor, used)
             gain, c = self.form.update(c, projection, variance, s, active)
             root = active * jax.lax.rsqrt(s)

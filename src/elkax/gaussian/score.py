@@ -43,9 +43,7 @@ def covariance_derivative(function: Any) -> Any:
 
         @moments.defjvp
         def _jvp(primals: tuple[Model], tangents: tuple[Model]) -> tuple[Any, Any]:
-            _, change = jax.jvp(
-                lambda m: wrapped(m, Covariance(), backend), primals, tangents
-            )
+            _, change = jax.jvp(lambda m: wrapped(m, Covariance(), backend), primals, tangents)
             return moments(*primals), change
 
         return moments(model)
@@ -133,9 +131,7 @@ def _score(model: Model, filtered: FilterOutput, backend: Backend | None) -> Mod
     outputs, totals = in_blocks(pull, xs, filtered.mean.shape[-1])
     _, restore_varying = _real_fields(varying)
     nothing = Model(*([None] * len(model)))
-    return merge(
-        restore(totals, nothing), restore_varying(outputs, nothing)
-    )
+    return merge(restore(totals, nothing), restore_varying(outputs, nothing))
 
 
 def _real_fields(model: Model) -> tuple[list[Array], Callable[..., Model]]:
@@ -146,4 +142,5 @@ def _real_fields(model: Model) -> tuple[list[Array], Callable[..., Model]]:
         given = iter(fields)
         return Model(*(next(given) if r else f for r, f in zip(real, rest, strict=True)))
 
-    return [f for f, r in zip(model, real, strict=True) if r], restore
+    fields: list[Any] = [f for f, r in zip(model, real, strict=True) if r]
+    return fields, restore

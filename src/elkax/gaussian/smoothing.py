@@ -108,8 +108,8 @@ def _rauch_tung_striebel(
     r"""Run the RTS recurrence on the deviations from the filtered means.
 
     With $\delta_t = E[z_t \mid y] - m_{t|t}$:
-    $\delta_t = G_t(\delta_{t+1} + m_{t+1|t+1} - m_{t+1|t})$ and $P_t = G_tP_{t+1}G_t^\top + U_t$: no
-    difference of covariances, and none of large means.
+    $\delta_t = G_t(\delta_{t+1} + m_{t+1|t+1} - m_{t+1|t})$ and
+    $P_t = G_tP_{t+1}G_t^\top + U_t$: no difference of covariances, and none of large means.
     """
     size = filtered.mean.shape[-1]
     last = (jnp.zeros_like(filtered.mean[-1]), filtered.cov[-1])

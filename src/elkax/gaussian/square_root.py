@@ -27,9 +27,7 @@ class SquareRoot:
         r"""Return $LL^\top$."""
         return gram(stored)
 
-    def cholesky(
-        self, stored: Float[Array, "n n *lanes"], *, written_out: bool = False
-    ) -> Array:
+    def cholesky(self, stored: Float[Array, "n n *lanes"], *, written_out: bool = False) -> Array:
         """Return the stored factor."""
         del written_out
         return stored
@@ -106,8 +104,10 @@ def _sum_later(x: Array, axis: int = 0) -> Array:
     size = x.shape[axis]
     if size > lanes.MAX_UNROLLED:
         later = jnp.concatenate(
-            (jax.lax.slice_in_dim(x, 1, size, axis=axis),
-             jnp.zeros_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis))),
+            (
+                jax.lax.slice_in_dim(x, 1, size, axis=axis),
+                jnp.zeros_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis)),
+            ),
             axis,
         )
         return jax.lax.cumsum(later, axis, reverse=True)

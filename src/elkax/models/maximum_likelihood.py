@@ -198,14 +198,13 @@ class _Search:
         """Search until converged, and say in words how it ended."""
         ending = ""
         if not self.is_converged():
-            options = {"maxiter": max_iters, "ftol": 0.0, "gtol": 0.0}
             ending = minimize(
                 self._objective,
                 self.accepted.theta,
                 jac=True,
                 method="L-BFGS-B",
                 callback=self._step,
-                options=options,
+                options={"maxiter": max_iters, "ftol": 0.0, "gtol": 0.0},
             ).message
         if self.is_converged():
             return f"gradient norm {self.gradient_norm():.2e} within {self._tolerance:.2e}"

@@ -42,9 +42,7 @@ class Affine:
         one = jnp.ones_like(zero) if self.diagonal else lanes.identity(self.size, lane_shape, dtype)
         return one, zero
 
-    def combine(
-        self, left: tuple[Array, Array], right: tuple[Array, Array]
-    ) -> tuple[Array, Array]:
+    def combine(self, left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
         """Join two blocks: $(A_2A_1, A_2b_1 + b_2)$."""
         a1, b1 = left
         a2, b2 = right

@@ -65,7 +65,9 @@ def _prefixes(scannable: Scannable, summaries: PyTree) -> PyTree:
     padded = [leaf.reshape((1,) * (rank - leaf.ndim) + leaf.shape) for leaf in leaves]
 
     def restore(tree: list) -> PyTree:
-        parts = [leaf.reshape(shape + leaf.shape[-1:]) for leaf, shape in zip(tree, shapes, strict=True)]
+        parts = [
+            leaf.reshape(shape + leaf.shape[-1:]) for leaf, shape in zip(tree, shapes, strict=True)
+        ]
         return jax.tree.unflatten(structure, parts)
 
     def combine(left: list, right: list) -> list:

@@ -1,12 +1,11 @@
 """Which backend runs when none is named."""
 
 import jax
+from jaxtyping import PyTree
 
 from elkax.scan.blocked import Blocked
 from elkax.scan.protocol import Backend, Scannable, State, sequence_length
 from elkax.scan.sequential import Sequential
-
-from jaxtyping import PyTree
 
 
 def choose(*, num_timesteps: int, state_dim: int, platform: str | None = None) -> Backend:

@@ -82,12 +82,11 @@ def sequence_length(xs: PyTree) -> int:
     Raises:
         ValueError: if there is no leaf, lengths differ, or the length is zero.
     """
-    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(xs)}
+    shapes = [leaf.shape for leaf in jax.tree.leaves(xs)]
+    lengths = {shape[0] if shape else None for shape in shapes}
     if len(lengths) != 1 or None in lengths:
-        raise ValueError(
-            f"xs must have leaves of one common leading length T, got {sorted(map(str, lengths))}"
-        )
-    (length,) = lengths
+        raise ValueError(f"xs must have leaves of one common leading length T, got shapes {shapes}")
+    length = shapes[0][0]
     if length == 0:
         raise ValueError("xs must hold at least one time step, got T = 0")
     return length

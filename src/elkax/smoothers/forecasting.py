@@ -129,4 +129,4 @@ def lgssm_forecast(
     means, covs = posterior.filtered_means, posterior.filtered_covariances
     emission_means, emission_covs = emission_moments(problem, means, covs)
     parts = (means, covs, emission_means, emission_covs)
-    return Forecast(*(part[-num_forecast_timesteps:] for part in parts))
+    return Forecast(*(jnp.asarray(part)[-num_forecast_timesteps:] for part in parts))

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from elkax.gaussian import Model
-from elkax.gaussian.factor import cho_solve, is_regular, psd_cholesky
 from elkax.gaussian.covariance import Covariance
+from elkax.gaussian.factor import cho_solve, is_regular, psd_cholesky
 from elkax.scan.lanes import from_lanes, to_lanes
 
 # Enough doublings for a spectral radius within 1e-12 of one.
@@ -152,9 +152,7 @@ def estimate_diffuse(scaled: Array) -> DiffuseEffect:
     """
     base, units = scaled[0], scaled[1:]
     score = -jnp.cumsum(jnp.einsum("itn,tn->ti", units, base, precision="highest"), axis=0)
-    information = jnp.cumsum(
-        jnp.einsum("itn,jtn->tij", units, units, precision="highest"), axis=0
-    )
+    information = jnp.cumsum(jnp.einsum("itn,jtn->tij", units, units, precision="highest"), axis=0)
     scale = jnp.sqrt(jnp.diagonal(information[-1]))
     scale = jnp.where(scale > 0, scale, 1.0)
     # Equilibrated, so that states on different scales are not taken for unidentified.
@@ -197,10 +195,15 @@ def integrate(
     """
     units = jnp.moveaxis(means[1:], 0, -1)
     right = units if other is None else jnp.moveaxis(other, 0, -1)
-    mean = means[0] + jnp.einsum("tij,...j->ti" if effect_mean.ndim == 1 else "tij,tj->ti",
-                                 units, effect_mean, precision="highest")
+    mean = means[0] + jnp.einsum(
+        "tij,...j->ti" if effect_mean.ndim == 1 else "tij,tj->ti",
+        units,
+        effect_mean,
+        precision="highest",
+    )
     spread = jnp.matmul(
         jnp.matmul(units, effect_cov, precision="highest"),
-        jnp.swapaxes(right, -1, -2), precision="highest",
+        jnp.swapaxes(right, -1, -2),
+        precision="highest",
     )
     return mean, cov + spread

@@ -113,9 +113,7 @@ def _smoother(
         last = effect.mean[-1], effect.cov[-1]
         given = columns.smoothed
         mean, cov = integrate(given.mean, given.cov[0], *last)
-        _, lagged = integrate(
-            given.mean[:, :-1], given.lagged[0], *last, other=given.mean[1:, 1:]
-        )
+        _, lagged = integrate(given.mean[:, :-1], given.lagged[0], *last, other=given.mean[1:, 1:])
         smoothed = Smoothed(mean, cov, lagged)
     cross = smoothed.lagged + smoothed.mean[:-1, :, None] * smoothed.mean[1:, None, :]
     return PosteriorGSSMSmoothed(

@@ -93,17 +93,16 @@ def prepare(
             "emissions must be (T, N) with T >= 1 and N >= 1, one row per time step, got shape "
             f"{emissions.shape}"
         )
-    arrays = _evaluate(params, emissions.shape[0])
-    _check_shapes(arrays, *emissions.shape)
-    inputs = _check_inputs(arrays, inputs, emissions.shape[0])
-    dtype = jnp.result_type(
-        *(leaf for leaf in jax.tree.leaves((arrays, emissions, inputs)))
-    )
+    num_timesteps, emission_dim = emissions.shape
+    arrays = _evaluate(params, num_timesteps)
+    _check_shapes(arrays, num_timesteps, emission_dim)
+    inputs = _check_inputs(arrays, inputs, num_timesteps)
+    dtype = jnp.result_type(*(leaf for leaf in jax.tree.leaves((arrays, emissions, inputs))))
     dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
     arrays, emissions, inputs = jax.tree.map(
         lambda leaf: leaf.astype(dtype), (arrays, emissions, inputs)
     )
-    return _assemble(arrays, emissions, inputs, _valid(length, emissions.shape[0]), continues)
+    return _assemble(arrays, emissions, inputs, _valid(length, num_timesteps), continues)
 
 
 def _real_array(name: str, value: Any) -> Array:
@@ -134,8 +133,12 @@ def _evaluate(params: ParamsLGSSM, length: int) -> ParamsLGSSM:
             **{k: to_array(f"params.{group}.{k}", v) for k, v in fields._asdict().items()}
         )
     for group, field in (
-        ("initial", "mean"), ("initial", "cov"), ("dynamics", "weights"), ("dynamics", "cov"),
-        ("emissions", "weights"), ("emissions", "cov"),
+        ("initial", "mean"),
+        ("initial", "cov"),
+        ("dynamics", "weights"),
+        ("dynamics", "cov"),
+        ("emissions", "weights"),
+        ("emissions", "cov"),
     ):
         if getattr(groups[group], field) is None:
             raise ValueError(f"params.{group}.{field} must be given, got None")
@@ -154,7 +157,8 @@ def _check_shapes(arrays: ParamsLGSSM, length: int, emission_dim: int) -> None:
         if value is None:
             return
         if not any(
-            len(s) == value.ndim and all(w in (None, g) for w, g in zip(s, value.shape, strict=True))
+            len(s) == value.ndim
+            and all(w in (None, g) for w, g in zip(s, value.shape, strict=True))
             for s in shapes
         ):
             expected = " or ".join(str(s).replace("None", "U") for s in shapes)
@@ -222,9 +226,7 @@ def _check_inputs(arrays: ParamsLGSSM, inputs: Any, length: int) -> Array:
         )
     for name, width in widths.items():
         if width != inputs.shape[1]:
-            raise ValueError(
-                f"{name} is for {width} inputs, but inputs has shape {inputs.shape}"
-            )
+            raise ValueError(f"{name} is for {width} inputs, but inputs has shape {inputs.shape}")
     return inputs
 
 
@@ -253,7 +255,9 @@ def _assemble(
     shift = _affine_offset(emission.bias, emission.input_weights, inputs, emission_dim)
     full = emission.cov.ndim == 3 or emission.cov.shape == (emission_dim, emission_dim)
     varying = {
-        "weights": (dynamics.weights, 2), "offset": (offset, 1), "noise": (dynamics.cov, 2),
+        "weights": (dynamics.weights, 2),
+        "offset": (offset, 1),
+        "noise": (dynamics.cov, 2),
     }
     # Entry 0 belongs to no step, whatever it holds.
     moving = {
@@ -263,9 +267,7 @@ def _assemble(
     r_rank = 2 if full else 1
     h, r = emission.weights, emission.cov
     if valid is not None:
-        moving = {
-            name: _clean(array, varying[name][1], valid) for name, array in moving.items()
-        }
+        moving = {name: _clean(array, varying[name][1], valid) for name, array in moving.items()}
         h, shift, r = _clean(h, 2, valid), _clean(shift, 1, valid), _clean(r, r_rank, valid)
     observed = ~jnp.isnan(emissions)
     if valid is not None:
@@ -297,9 +299,7 @@ def _clean(array: Array, rank: int, valid: Array) -> Array:
     return jnp.where(valid.reshape((-1,) + (1,) * rank), array, 0.0)
 
 
-def _affine_offset(
-    bias: Array | None, weights: Array | None, inputs: Array, size: int
-) -> Array:
+def _affine_offset(bias: Array | None, weights: Array | None, inputs: Array, size: int) -> Array:
     """Compute bias + weights u, without a time axis if it is the same at all times."""
     offset = jnp.zeros(size, inputs.dtype) if bias is None else bias
     if weights is None or weights.shape[-1] == 0:

@@ -87,7 +87,8 @@ def lgssm_innovations(
         start_mean, start_cov = jax.tree.map(
             lambda leaf: jnp.full_like(leaf, jnp.nan), (start_mean, start_cov)
         )
-    mean, cov = posterior.filtered_means[:-1], posterior.filtered_covariances[:-1]
+    _, means, covs, *_ = posterior
+    mean, cov = jnp.asarray(means)[:-1], jnp.asarray(covs)[:-1]
     weights, offset, noise = (
         part[1:] if part.ndim > rank else part
         for part, rank in ((model.weights, 2), (model.offset, 1), (model.noise, 2))
@@ -139,9 +140,7 @@ def lgssm_disturbances(
     options = {"backend": backend, "form": form, "initial": initial, "length": length}
     problem, stored = setup(params, emissions, inputs, **options)
     posterior = lgssm_smoother(params, emissions, inputs, **options)
-    dynamics = _dynamics_disturbances(
-        problem.model, form=stored, backend=backend, initial=initial
-    )
+    dynamics = _dynamics_disturbances(problem.model, form=stored, backend=backend, initial=initial)
     first_mean = posterior.smoothed_means[0] - problem.model.initial_mean
     means = dynamics[0].at[0].set(first_mean)
     covs = dynamics[1].at[0].set(posterior.smoothed_covariances[0])
@@ -171,10 +170,13 @@ def _dynamics_disturbances(
     return integrate(mean, cov, effect.mean[-1], effect.cov[-1])
 
 
-def _emission_disturbances(problem: Problem, posterior: PosteriorGSSMSmoothed) -> tuple[Array, Array]:
+def _emission_disturbances(
+    problem: Problem, posterior: PosteriorGSSMSmoothed
+) -> tuple[Array, Array]:
     r"""Give the moments of $\epsilon_t$; a missing entry follows from the observed ones.
 
-    With $M = R_{\cdot o}R_{oo}^{-1}$: $M\hat\epsilon_o$ and $R - MR_{o\cdot} + MH_oPH_o^\top M^\top$.
+    With $M = R_{\cdot o}R_{oo}^{-1}$: $M\hat\epsilon_o$ and
+    $R - MR_{o\cdot} + MH_oPH_o^\top M^\top$.
     """
     cov = full_cov(problem)
     length = problem.emissions.shape[0]
