@@ -66,8 +66,8 @@ def from_statsmodels(model, mean, covariance):
         selection @ ssm["state_cov"] @ selection.T,
         ssm["design"],
         ssm["obs_cov"],
-        b=ssm["state_intercept"][:, 0],
-        d=ssm["obs_intercept"][:, 0],
+        b=np.reshape(ssm["state_intercept"], (len(mean), -1))[:, 0],
+        d=np.reshape(ssm["obs_intercept"], (1, -1))[:, 0],
     )
     return Problem(params, np.asarray(model.endog, np.float64))
 

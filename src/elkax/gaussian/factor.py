@@ -64,11 +64,14 @@ def psd_cholesky(
 
 
 def is_regular(factor: Float[Array, "n n *lanes"]) -> Bool[Array, "*lanes"]:
-    r"""Tell whether no pivot of a guarded factor is zero (or, from a QR, at rounding level)."""
+    r"""Tell whether $P = LL^\top$ can be solved with: $L_{jj}^2 > 100n\,\epsilon\,P_{jj}$ for all j.
+
+    Measured on squares also for a factor from a QR, because solving with it squares what it holds.
+    """
     size = factor.shape[0]
-    pivots = jnp.stack([factor[i, i] for i in range(size)])
-    rows = jnp.sqrt(jnp.sum(factor * factor, axis=1))
-    return ~jnp.any(jnp.abs(pivots) <= 4 * size * jnp.finfo(factor.dtype).eps * rows, axis=0)
+    pivots = jnp.stack([factor[i, i] ** 2 for i in range(size)])
+    level = 100 * size * jnp.finfo(factor.dtype).eps
+    return jnp.all(pivots > level * jnp.sum(factor * factor, axis=1), axis=0)
 
 
 def tria(a: Float[Array, "n m *lanes"]) -> Float[Array, "n n *lanes"]:
