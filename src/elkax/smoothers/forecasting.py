@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike
 
 from elkax.scan import Backend
 from elkax.smoothers.linear import Initial, lgssm_filter, setup
-from elkax.smoothers.prepare import Problem
+from elkax.smoothers.prepare import Problem, check_count
 
 
 class Forecast(NamedTuple):
@@ -102,11 +102,10 @@ def lgssm_forecast(
         ValueError: as `lgssm_filter`, if h < 1, or if one of `inputs` and `forecast_inputs` is
             given without the other.
     """
-    if num_forecast_timesteps < 1:
-        raise ValueError(f"num_forecast_timesteps must be at least 1, got {num_forecast_timesteps}")
+    check_count("num_forecast_timesteps", num_forecast_timesteps)
     emissions = jnp.asarray(emissions)
-    if emissions.ndim != 2:
-        raise ValueError(f"emissions must be (T, N), got shape {emissions.shape}")
+    if emissions.ndim != 2 or emissions.shape[0] == 0:
+        raise ValueError(f"emissions must be (T, N) with T >= 1, got shape {emissions.shape}")
     if (inputs is None) != (forecast_inputs is None):
         raise ValueError(
             "inputs and forecast_inputs must be given together, got "

@@ -49,6 +49,12 @@ def find_form(form: str) -> Form:
     return FORMS[form]
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raise unless `value` is a positive integer that is known when the program is built."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
 def check_backend(backend: Any) -> None:
     """Raise TypeError unless `backend` is None or an instance of a backend."""
     if backend is not None and (isinstance(backend, type | str) or not callable(backend)):
@@ -148,9 +154,14 @@ def _evaluate(params: ParamsLGSSM, length: int) -> ParamsLGSSM:
 def _check_shapes(arrays: ParamsLGSSM, length: int, emission_dim: int) -> None:
     """Compare every shape with T, D and N."""
     initial, dynamics, emission = arrays
-    if initial.mean.ndim != 1 or initial.mean.shape[0] == 0:
+    # The dimension that most of the four agree on, so that the odd one out is the one named.
+    sizes = [
+        value.shape[-1] if value.ndim else 0
+        for value in (initial.mean, initial.cov, dynamics.weights, dynamics.cov)
+    ]
+    d, n = max(sizes, key=sizes.count), emission_dim
+    if d == 0:
         raise ValueError(f"params.initial.mean must be (D,), got shape {initial.mean.shape}")
-    d, n = initial.mean.shape[0], emission_dim
     r_shapes = [(n, n), (n,), (length, n, n), (length, n)]
 
     def check(name: str, value: Array | None, *shapes: tuple) -> None:
@@ -167,6 +178,7 @@ def _check_shapes(arrays: ParamsLGSSM, length: int, emission_dim: int) -> None:
                 f"emission dimension N = {n}), got {value.shape}"
             )
 
+    check("params.initial.mean", initial.mean, (d,))
     check("params.initial.cov", initial.cov, (d, d))
     check("params.dynamics.weights", dynamics.weights, (d, d), (length, d, d))
     check("params.dynamics.bias", dynamics.bias, (d,), (length, d))

@@ -14,7 +14,7 @@ from elkax.scan import Backend, affine_scan
 from elkax.scan.lanes import from_lanes, matvec, to_lanes
 from elkax.smoothers.initial import ExactDiffuse, estimate_diffuse, integrate
 from elkax.smoothers.linear import Initial, filter_and_smooth, setup
-from elkax.smoothers.prepare import check_backend, prepare
+from elkax.smoothers.prepare import check_backend, check_count, prepare
 
 Key = PRNGKeyArray | UInt32[Array, "2"]
 
@@ -56,8 +56,7 @@ def lgssm_joint_sample(
         ValueError: on shapes that do not fit, or T < 1.
     """
     check_backend(backend)
-    if num_timesteps < 1:
-        raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
+    check_count("num_timesteps", num_timesteps)
     weights = params.emissions.weights
     first = jnp.asarray(weights(0) if callable(weights) else weights)
     if first.ndim < 2:
@@ -122,8 +121,8 @@ def lgssm_posterior_sample(
         Durbin & Koopman (2002), Biometrika 89(3).
     """
     del jitter
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if num_samples is not None:
+        check_count("num_samples", num_samples)
     problem, stored = setup(
         params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
     )
