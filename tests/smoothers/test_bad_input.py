@@ -60,7 +60,9 @@ WRONG_SHAPES = {
 @pytest.mark.parametrize("name", WRONG_SHAPES)
 def test_wrong_shape_of_a_parameter(name):
     params = replaced(**{name: WRONG_SHAPES[name]})
-    rejected(params, PROBLEM.emissions, PROBLEM.inputs, name.replace("_", ".", 1))
+    # The number of states may be read off the initial mean; its covariance then does not fit.
+    message = "initial" if name == "initial_mean" else name.replace("_", ".", 1)
+    rejected(params, PROBLEM.emissions, PROBLEM.inputs, message)
 
 
 NOT_SQUARE = {
@@ -201,7 +203,11 @@ def test_number_of_samples(num_samples):
 def test_number_of_forecast_steps(num_forecast_timesteps):
     with pytest.raises((ValueError, TypeError), match="num_forecast_timesteps"):
         elkax.lgssm_forecast(
-            PROBLEM.params, PROBLEM.emissions, num_forecast_timesteps, PROBLEM.inputs, None
+            PROBLEM.params,
+            PROBLEM.emissions,
+            num_forecast_timesteps,
+            PROBLEM.inputs,
+            jnp.ones((2, 1)),
         )
 
 

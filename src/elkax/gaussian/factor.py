@@ -64,7 +64,7 @@ def psd_cholesky(
 
 
 def is_regular(factor: Float[Array, "n n *lanes"]) -> Bool[Array, "*lanes"]:
-    r"""Tell whether $P = LL^\top$ can be solved with: $L_{jj}^2 > 100n\,\epsilon\,P_{jj}$ for all j.
+    r"""Tell whether $P = LL^\top$ can be solved with: all $L_{jj}^2 > 100n\,\epsilon\,P_{jj}$.
 
     Measured on squares also for a factor from a QR, because solving with it squares what it holds.
     """

@@ -260,12 +260,14 @@ def _valid(length: ArrayLike | None, num_timesteps: int) -> Array | None:
 def _assemble(
     arrays: ParamsLGSSM, emissions: Array, inputs: Array, valid: Array | None, continues: bool
 ) -> Problem:
-    initial, dynamics, emission = arrays
     length, emission_dim = emissions.shape
+    full = arrays.emissions.cov.ndim == 3 or arrays.emissions.cov.shape == (emission_dim,) * 2
+    if valid is not None:
+        arrays, inputs = _without_padding(arrays, inputs, valid, 2 if full else 1)
+    initial, dynamics, emission = arrays
     state_dim = initial.mean.shape[0]
     offset = _affine_offset(dynamics.bias, dynamics.input_weights, inputs, state_dim)
     shift = _affine_offset(emission.bias, emission.input_weights, inputs, emission_dim)
-    full = emission.cov.ndim == 3 or emission.cov.shape == (emission_dim, emission_dim)
     varying = {
         "weights": (dynamics.weights, 2),
         "offset": (offset, 1),
@@ -276,11 +278,7 @@ def _assemble(
         name: array.at[0].set(0.0) if array.ndim > rank and not continues else array
         for name, (array, rank) in varying.items()
     }
-    r_rank = 2 if full else 1
     h, r = emission.weights, emission.cov
-    if valid is not None:
-        moving = {name: _clean(array, varying[name][1], valid) for name, array in moving.items()}
-        h, shift, r = _clean(h, 2, valid), _clean(shift, 1, valid), _clean(r, r_rank, valid)
     observed = ~jnp.isnan(emissions)
     if valid is not None:
         observed = observed & valid[:, None]
@@ -304,11 +302,31 @@ def _assemble(
     return Problem(model, h, shift, r, not full, jnp.where(observed, emissions, jnp.nan), finite)
 
 
-def _clean(array: Array, rank: int, valid: Array) -> Array:
-    """Replace what stands in padding, so that it cannot spread."""
-    if array.ndim == rank:
-        return array
-    return jnp.where(valid.reshape((-1,) + (1,) * rank), array, 0.0)
+def _without_padding(
+    arrays: ParamsLGSSM, inputs: Array, valid: Array, cov_rank: int
+) -> tuple[ParamsLGSSM, Array]:
+    """Replace what stands in padding, so that it spreads neither forward nor in a derivative."""
+
+    def clean(array: Array | None, rank: int) -> Array | None:
+        if array is None or array.ndim == rank:
+            return array
+        return jnp.where(valid.reshape((-1,) + (1,) * rank), array, 0.0)
+
+    _, dynamics, emission = arrays
+    dynamics = type(dynamics)(
+        weights=clean(dynamics.weights, 2),
+        bias=clean(dynamics.bias, 1),
+        input_weights=clean(dynamics.input_weights, 2),
+        cov=clean(dynamics.cov, 2),
+    )
+    emission = type(emission)(
+        weights=clean(emission.weights, 2),
+        bias=clean(emission.bias, 1),
+        input_weights=clean(emission.input_weights, 2),
+        cov=clean(emission.cov, cov_rank),
+    )
+    inputs = jnp.where(valid[:, None], inputs, 0.0)
+    return arrays._replace(dynamics=dynamics, emissions=emission), inputs
 
 
 def _affine_offset(bias: Array | None, weights: Array | None, inputs: Array, size: int) -> Array:

@@ -203,4 +203,8 @@ def _emission_disturbances(
     seen_cov = jnp.where(seen[:, None, :], cov, 0.0)
     own = cov - carry @ jnp.swapaxes(seen_cov, -1, -2)
     own = jnp.where(seen[:, :, None] | seen[:, None, :], 0.0, own)
-    return mean, own + carry @ seen_spread @ jnp.swapaxes(carry, -1, -2)
+    spread = own + carry @ seen_spread @ jnp.swapaxes(carry, -1, -2)
+    # An entry without measurement error has none, not even a rounded one.
+    noisy = jnp.diagonal(cov, axis1=-2, axis2=-1) != 0
+    spread = jnp.where(noisy[:, :, None] & noisy[:, None, :], spread, 0.0)
+    return jnp.where(noisy, mean, 0.0), spread
