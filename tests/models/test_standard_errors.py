@@ -56,27 +56,27 @@ def test_standard_errors_of_the_nile_equal_statsmodels():
 def test_standard_errors_of_what_is_not_identified_are_nan():
     # With z_1 = 0 only the product of H and the scale of the states matters: H / s and s^2 Q give
     # the same likelihood. F and R are identified all the same.
-    model = LinearGaussianSSM(1, 2)
+    model = LinearGaussianSSM(1, 1)
     truth, props = model.initialize(
         jax.random.key(0),
         initial_covariance=jnp.zeros((1, 1)),
         dynamics_weights=jnp.array([[0.8]]),
         dynamics_covariance=jnp.array([[1.0]]),
-        emission_weights=jnp.array([[0.8], [1.1]]),
-        emission_covariance=jnp.array([[0.5, 0.1], [0.1, 0.7]]),
+        emission_weights=jnp.array([[0.8]]),
+        emission_covariance=jnp.array([[0.5]]),
     )
     freeze(props, FIXED)
-    _, emissions = model.sample(truth, jax.random.key(1), 150)
+    _, emissions = model.sample(truth, jax.random.key(1), 300)
     free = FreeParameters(truth, props)
     fit = maximum_likelihood(free.constrain, free.theta, emissions)
     assert fit.converged
 
     errors = model.standard_errors(fit.params, props, emissions)
-    assert np.all(np.isnan(errors.emissions.weights)) and np.isnan(errors.dynamics.cov)
-    assert errors.dynamics.weights > 0 and np.all(errors.emissions.cov > 0)
+    assert np.isnan(errors.emissions.weights) and np.isnan(errors.dynamics.cov)
+    assert errors.dynamics.weights > 0 and errors.emissions.cov > 0
     assert errors.initial.cov == 0
     # The same holds for the numbers of the fit, in their order: F, Q, H and R.
-    np.testing.assert_array_equal(np.isnan(fit.standard_errors), [0, 1, 1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(np.isnan(fit.standard_errors), [0, 1, 1, 0])
     carried = transform_errors(free.constrain, fit.estimate, fit.covariance)
     np.testing.assert_allclose(carried.dynamics.weights, errors.dynamics.weights, rtol=1e-6)
     np.testing.assert_allclose(carried.emissions.cov, errors.emissions.cov, rtol=1e-6)
