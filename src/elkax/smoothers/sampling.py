@@ -14,7 +14,7 @@ from elkax.scan import Backend, affine_scan
 from elkax.scan.lanes import from_lanes, matvec, to_lanes
 from elkax.smoothers.initial import ExactDiffuse, estimate_diffuse, integrate
 from elkax.smoothers.linear import Initial, filter_and_smooth, setup
-from elkax.smoothers.prepare import check_backend, check_count, prepare
+from elkax.smoothers.prepare import check_backend, check_count, is_concrete, prepare
 
 Key = PRNGKeyArray | UInt32[Array, "2"]
 
@@ -83,7 +83,7 @@ def lgssm_posterior_sample(
     params: ParamsLGSSM,
     emissions: ArrayLike,
     inputs: ArrayLike | None = None,
-    jitter: float = 0.0,
+    jitter: ArrayLike = 0.0,
     *,
     num_samples: int | None = None,
     backend: Backend | None = None,
@@ -103,8 +103,8 @@ def lgssm_posterior_sample(
         params: dynamax parameters.
         emissions: (T, N), NaN where missing.
         inputs: (T, U).
-        jitter: accepted because dynamax has it; no covariance is factored that would need it,
-            so it is not used.
+        jitter: variance of independent noise added to every drawn state; no covariance is factored
+            that would need it.
         num_samples: how many draws; None for one without a leading axis.
         backend: as `lgssm_filter`.
         form: as `lgssm_filter`.
@@ -120,7 +120,6 @@ def lgssm_posterior_sample(
     References:
         Durbin & Koopman (2002), Biometrika 89(3).
     """
-    del jitter
     if num_samples is not None:
         check_count("num_samples", num_samples)
     problem, stored = setup(
@@ -134,6 +133,9 @@ def lgssm_posterior_sample(
         backend=backend,
         initial=initial,
     )
+    if not (is_concrete(jitter) and jitter == 0):
+        noise = jr.normal(jr.fold_in(key, 1), draws.shape, draws.dtype)
+        draws = draws + jnp.sqrt(jitter) * noise
     draws = jnp.where(problem.finite, draws, jnp.nan)
     return draws[0] if num_samples is None else draws
 
