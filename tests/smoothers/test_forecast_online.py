@@ -1,7 +1,6 @@
 """Forecasts, streaming, innovations and disturbances against the dense reference."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import norm
@@ -88,14 +87,6 @@ def test_forecast_of_a_singular_model_under_jit():
     forecast = jax.jit(lambda p, y: elkax.lgssm_forecast(p, y, H))(*problem[:2])
     model = extend(model_arrays(problem.params, 7), H)
     check_forecast(forecast, future(model, problem.emissions))
-
-
-def test_forecast_of_a_ragged_series_starts_at_its_length():
-    problem = random_stable(2, 2, 17)
-    emissions = problem.emissions.at[9:].set(jnp.inf)
-    forecast = elkax.lgssm_forecast(problem.params, emissions, H, length=9)
-    model = extend(model_arrays(problem.params, 9), H)
-    check_forecast(forecast, future(model, problem.emissions[:9]))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -47,8 +47,8 @@ class Stationary:
 
         start = (model.weights, model.offset, model.noise)
         (rest, mean, cov), _ = jax.lax.scan(double, start, None, length=_DOUBLINGS)
-        # F^(2^48) is zero exactly if and only if the dynamics forget their start.
-        settled = jnp.max(jnp.abs(rest)) < 1.0
+        # A power this high is at rounding level if and only if the dynamics forget their start.
+        settled = jnp.max(jnp.abs(rest)) < jnp.finfo(cov.dtype).eps
         return model._replace(
             initial_mean=jnp.where(settled, mean, jnp.nan),
             initial_cov=jnp.where(settled, cov, jnp.nan),
