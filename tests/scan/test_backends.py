@@ -120,6 +120,7 @@ def test_empty_sequences_and_unequal_lengths_are_refused(backend):
         backend(case.scannable, case.state, (case.xs[0], case.xs[1][:2]))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_num_blocks_must_be_a_positive_integer():
     for wrong in (0, -3, 2.5):
         with pytest.raises(ValueError, match="num_blocks"):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import elkax
-from oracles import LONG, dense, dense_log_likelihood, model_arrays
+from oracles import LONG, dense_log_likelihood, model_arrays
 from problems import ar2, varying, with_inputs, with_missing
 from smoothers.linear_checks import BACKENDS, FAST_COMPILE, FEW_WAYS, within
 
@@ -260,32 +260,3 @@ def test_hessian_in_reverse_over_reverse():
     hessian = jax.jit(jax.jacrev(jax.jacrev(value)), compiler_options=FAST_COMPILE)
     expected = expected_hessian("missing")
     within(hessian(jnp.array(THETA)), expected, 1e-8 * np.max(np.abs(expected)), "Hessian ")
-
-
-@pytest.mark.parametrize(
-    "backend, form", [("sequential", "covariance"), ("blocked", "square_root")]
-)
-def test_gradient_of_smoothed_moments(backend, form):
-    """Finite everywhere, and right at regular points."""
-    weights = np.random.default_rng(1).standard_normal((T, 2))
-
-    def value(theta, problem):
-        posterior = elkax.lgssm_smoother(*at(theta, problem), backend=BACKENDS[backend], form=form)
-        return jnp.sum(weights * posterior.smoothed_means)
-
-    gradient = jax.jit(jax.grad(value), compiler_options=FAST_COMPILE)
-    for name in ("zero Q", "zero Q and P0", "missing, zero Q"):
-        assert np.all(np.isfinite(gradient(jnp.array(THETA), POINTS[name]))), name
-    for name in ("regular", "missing"):
-        problem = POINTS[name]
-        expected = []
-        for step in np.eye(4, dtype=LONG):
-
-            def along(h, step=step, problem=problem):
-                moved = at(np.array(THETA, LONG) + h * step, problem)
-                model = model_arrays(moved.params, T, moved.inputs)
-                return np.sum(weights * dense(model, moved.emissions).smoothed_means)
-
-            expected.append(float(fourth_order(along, LONG(1e-3))))
-        actual = gradient(jnp.array(THETA), problem)
-        within(actual, np.array(expected), 1e-9 * (1 + np.max(np.abs(expected))), name)
