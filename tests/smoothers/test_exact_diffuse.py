@@ -3,8 +3,6 @@
 import warnings
 from functools import cache, partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,8 +20,6 @@ from problems import (
     with_missing,
 )
 from smoothers.linear_checks import (
-    BACKENDS,
-    FAST_COMPILE,
     FORMS,
     check_log_likelihood,
     check_moments,
@@ -185,28 +181,6 @@ def diffuse_slopes():
         steps = 8 * (value(h) - value(-h)) - (value(2 * h) - value(-2 * h))
         slopes[name] = float(steps / (12 * h))
     return slopes
-
-
-def test_gradient_of_the_exact_diffuse_likelihood():
-    problem = trend()
-    p = problem.params
-
-    def value(theta):
-        dynamics = p.dynamics._replace(
-            weights=p.dynamics.weights * theta[0], cov=p.dynamics.cov * theta[1]
-        )
-        emissions = p.emissions._replace(cov=p.emissions.cov * theta[2])
-        params = p._replace(dynamics=dynamics, emissions=emissions)
-        return elkax.lgssm_marginal_log_prob(
-            params,
-            problem.emissions,
-            initial=elkax.ExactDiffuse(),
-            backend=BACKENDS["blocked"],
-        )
-
-    gradient = jax.jit(jax.grad(value), compiler_options=FAST_COMPILE)(jnp.ones(3))
-    # A series at 300 on a doubled unit root: the slope in F is a sum of terms of 1e5.
-    np.testing.assert_allclose(gradient, list(diffuse_slopes().values()), rtol=1e-8)
 
 
 @pytest.mark.parametrize("form", FORMS)
