@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import elkax
-from oracles import LONG, dense_log_likelihood, model_arrays
+from oracles import LONG, dense, dense_log_likelihood, model_arrays
 from problems import ar2, varying, with_inputs, with_missing
 from smoothers.linear_checks import BACKENDS, FAST_COMPILE, FEW_WAYS, within
 
@@ -216,12 +216,15 @@ def at(theta, problem):
 THETA = (1.0, 0.0, 1.0, 0.0)
 
 
+def in_long_double(problem):
+    long = jax.tree.map(lambda x: np.asarray(x).astype(LONG), problem.params)
+    return problem._replace(params=long)
+
+
 @cache
 def expected_hessian(name):
     """Nested fourth-order differences of the reference."""
-    problem = POINTS[name]
-    long = jax.tree.map(lambda x: np.asarray(x).astype(LONG), problem.params)
-    problem = problem._replace(params=long)
+    problem = in_long_double(POINTS[name])
     steps = np.eye(4, dtype=LONG)
 
     def second(i, j):
@@ -260,3 +263,35 @@ def test_hessian_in_reverse_over_reverse():
     hessian = jax.jit(jax.jacrev(jax.jacrev(value)), compiler_options=FAST_COMPILE)
     expected = expected_hessian("missing")
     within(hessian(jnp.array(THETA)), expected, 1e-8 * np.max(np.abs(expected)), "Hessian ")
+
+
+@pytest.mark.parametrize(
+    "backend, form", [("sequential", "covariance"), ("blocked", "square_root")]
+)
+def test_gradient_of_smoothed_moments(backend, form):
+    """Of means and covariances, right also where Q and P0 are exactly zero."""
+    rng = np.random.default_rng(1)
+    weights = rng.standard_normal((T, 2)), rng.standard_normal((T, 2, 2))
+
+    def weigh(posterior):
+        means, covs = posterior.smoothed_means, posterior.smoothed_covariances
+        return (weights[0] * means).sum() + (weights[1] * covs).sum()
+
+    def value(theta, problem):
+        options = {"backend": BACKENDS[backend], "form": form}
+        return weigh(elkax.lgssm_smoother(*at(theta, problem), **options))
+
+    gradient = jax.jit(jax.grad(value), compiler_options=FAST_COMPILE)
+    for name in ("regular", "missing", "zero Q", "zero Q and P0", "missing, zero Q"):
+        problem = POINTS[name]
+        long, expected = in_long_double(problem), []
+        for step in np.eye(4, dtype=LONG):
+
+            def along(h, step=step, problem=long):
+                moved = at(np.array(THETA, LONG) + h * step, problem)
+                model = model_arrays(moved.params, T, moved.inputs)
+                return weigh(dense(model, moved.emissions))
+
+            expected.append(float(fourth_order(along, LONG(1e-3))))
+        actual = gradient(jnp.array(THETA), problem)
+        within(actual, np.array(expected), 1e-9 * (1 + np.max(np.abs(expected))), name)

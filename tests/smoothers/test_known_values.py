@@ -2,6 +2,8 @@
 
 import warnings
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -53,6 +55,19 @@ def test_nile_with_exact_diffuse_start(form):
             "lgssm_marginal_log_prob", "sequential", form, initial=elkax.ExactDiffuse()
         )
         assert float(function(*problem[:2])) == pytest.approx(-633.464564, abs=1e-6)
+
+
+def test_diffuse_likelihood_does_not_depend_on_the_level_of_the_data():
+    """A start that says nothing: far from the initial mean as good as near it."""
+    problem = local_level(load_nile().values)
+    function = compiled(
+        "lgssm_marginal_log_prob", "sequential", "covariance", initial=elkax.ExactDiffuse()
+    )
+    # Data of 1e9 are themselves rounded to 1e-7.
+    far = float(function(problem.params, problem.emissions + 1e9))
+    assert far == pytest.approx(-633.464564, abs=1e-6)
+    single = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), problem)
+    assert float(function(*single[:2])) == pytest.approx(-633.464564, abs=1e-3)
 
 
 def from_statsmodels(model, mean, covariance):

@@ -131,15 +131,34 @@ class FilterOutput(NamedTuple):
         mean: $m_{t|t}$ (D,).
         cov: $P_{t|t}$ (D, D), stored in the form in use.
         correction: $m_{t|t} - m_{t|t-1}$ (D,).
-        log_density: $\log p(y_t \mid y_{1:t-1})$ of the observed entries.
-        scaled: (N,) $v_i/\sqrt{s_i}$ of the uncorrelated scalar innovations, 0 where missing.
+        residual: (N,) uncorrelated scalar innovations $v_i$, 0 where missing.
+        variance: (N,) their variances $s_i$, 1 where missing and NaN where singular.
     """
 
     mean: Array
     cov: Array
     correction: Array
-    log_density: Array
-    scaled: Array
+    residual: Array
+    variance: Array
+
+
+def standardize(output: FilterOutput) -> Array:
+    r"""Compute $v_i/\sqrt{s_i}$, 0 where missing or singular; same shape as the residuals."""
+    singular = jnp.isnan(output.variance)
+    return output.residual * jax.lax.rsqrt(jnp.where(singular, 1.0, output.variance)) * ~singular
+
+
+def log_density(output: FilterOutput, observed: Array, axis: int = -1) -> Array:
+    r"""Compute $\log p(y_t \mid y_{1:t-1})$ of the observed entries.
+
+    Args:
+        output: of the filter.
+        observed: which entries are observed, same shape as the residuals.
+        axis: where the entries of one time are.
+    """
+    square = output.residual**2 / output.variance
+    terms = -0.5 * (jnp.log(2 * jnp.pi * output.variance) + square)
+    return jnp.sum(jnp.where(observed, terms, 0.0), axis=axis)
 
 
 class Summary(NamedTuple):
@@ -190,30 +209,25 @@ class KalmanFilter:
         predicted, cov = self.predict(model, mean, cov)
         cov, predicted, floors = materialize((cov, predicted, self._floors(model, cov)))
 
-        def update(carry: tuple, entry: tuple) -> tuple[tuple, Array]:
-            correction, cov, log_density = carry
+        def update(carry: tuple, entry: tuple) -> tuple[tuple, tuple[Array, Array]]:
+            correction, cov = carry
             h, variance, value, used, floor = entry
             projection, s = self.form.project(cov, h, variance)
             residual = value - dot(h, predicted) - dot(h, correction)
             projection, s, residual = materialize((projection, s, residual), 1)
             singular, active, s = self._judge(s, floor, used)
             gain, cov = self.form.update(cov, projection, variance, s, active)
-            scaled = active * residual * jax.lax.rsqrt(s)
-            density = -0.5 * (jnp.log(2 * jnp.pi * s) + scaled * scaled)
-            density = jnp.where(used, jnp.where(singular, jnp.nan, density), 0.0)
-            correction = correction + gain * residual
-            return (correction, cov, log_density + density), scaled
+            carry = correction + gain * residual, cov
+            return carry, (residual * used, jnp.where(singular, jnp.nan, s))
 
-        start = (jnp.zeros_like(predicted), cov, jnp.zeros(predicted.shape[1:], predicted.dtype))
-        (correction, cov, log_density), scaled = fold_rows(update, start, entries(model, floors))
-        output = FilterOutput(predicted + correction, cov, correction, log_density, scaled)
+        start = (jnp.zeros_like(predicted), cov)
+        (correction, cov), (residual, variance) = fold_rows(update, start, entries(model, floors))
+        output = FilterOutput(predicted + correction, cov, correction, residual, variance)
         if model.valid is not None:
             output = output._replace(
                 mean=jnp.where(model.valid, output.mean, mean),
                 cov=jnp.where(model.valid, cov, state[1]),
                 correction=jnp.where(model.valid, correction, 0.0),
-                log_density=jnp.where(model.valid, log_density, 0.0),
-                scaled=jnp.where(model.valid, scaled, 0.0),
             )
         return (output.mean, output.cov), output
 
@@ -327,8 +341,8 @@ def entries(model: Model, floors: Array) -> tuple[Array, ...]:
 
 
 def fold_rows(
-    update: Callable[[PyTree, PyTree], tuple[PyTree, Array]], carry: PyTree, rows: PyTree
-) -> tuple[PyTree, Array]:
+    update: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], carry: PyTree, rows: PyTree
+) -> tuple[PyTree, PyTree]:
     """Fold over the entries of an observation, written out if they are few."""
     count = jax.tree.leaves(rows)[0].shape[0]
     if count > MAX_UNROLLED:
@@ -338,7 +352,7 @@ def fold_rows(
         updated = update(carry, jax.tree.map(lambda leaf, i=i: leaf[i], rows))
         carry, output = materialize(updated, 1)
         outputs.append(output)
-    return carry, jnp.stack(outputs)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
 def _add(a: Array, b: Array) -> Array:

@@ -14,6 +14,7 @@ from elkax.gaussian.kalman import (
     KalmanFilter,
     Model,
     constant_part,
+    log_density,
     merge,
     over_time,
 )
@@ -22,40 +23,39 @@ from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes, transpose
 from elkax.scan.layout import in_blocks
 
 
-def covariance_derivative(function: Any) -> Any:
-    """Let a function of (model, form, backend) be differentiated in covariance form.
+def with_derivative_of(
+    plain: Callable[[Model], Any], function: Callable[[Model], Any], model: Model
+) -> Any:
+    """Evaluate `function(model)`, to be differentiated as `plain(model)`.
 
-    The derivative of a QR or Cholesky factor does not exist where a covariance is singular; that
-    of the moments does. The function keeps its values in any form, and takes its derivative from
-    its own covariance form at the same point.
-
-    Args:
-        function: `(model, form, backend) -> moments`, equal for every form up to rounding.
+    Both are equal up to rounding, but the derivative of a QR or Cholesky factor, or of a solve
+    with a covariance, does not exist where that covariance is singular; that of the moments does.
     """
 
-    def wrapped(model: Model, form: Any, backend: Backend | None) -> Any:
-        if isinstance(form, Covariance):
-            return function(model, form, backend)
+    @jax.custom_jvp
+    def value(model: Model) -> Any:
+        return function(model)
 
-        @jax.custom_jvp
-        def moments(model: Model) -> Any:
-            return function(model, form, backend)
+    @value.defjvp
+    def _jvp(primals: tuple[Model], tangents: tuple[Model]) -> tuple[Any, Any]:
+        return value(*primals), jax.jvp(plain, primals, tangents)[1]
 
-        @moments.defjvp
-        def _jvp(primals: tuple[Model], tangents: tuple[Model]) -> tuple[Any, Any]:
-            _, change = jax.jvp(lambda m: wrapped(m, Covariance(), backend), primals, tangents)
-            return moments(*primals), change
-
-        return moments(model)
-
-    return wrapped
+    return value(model)
 
 
-@covariance_derivative
 def filter_moments(model: Model, form: Any, backend: Backend | None) -> FilterOutput:
     """Run the Kalman filter and decode its covariances; arguments as `filter_model`."""
-    filtered = filter_model(model, form, backend)
-    return filtered._replace(cov=from_lanes(form.decode(to_lanes(filtered.cov))))
+
+    def in_covariances(model: Model) -> FilterOutput:
+        return filter_model(model, Covariance(), backend)
+
+    def in_form(model: Model) -> FilterOutput:
+        filtered = filter_model(model, form, backend)
+        return filtered._replace(cov=from_lanes(form.decode(to_lanes(filtered.cov))))
+
+    if isinstance(form, Covariance):
+        return in_covariances(model)
+    return with_derivative_of(in_covariances, in_form, model)
 
 
 def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
@@ -81,7 +81,7 @@ def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
 
     @jax.custom_jvp
     def value(model: Model) -> Array:
-        return jnp.sum(filter_model(model, form, backend).log_density)
+        return jnp.sum(log_density(filter_model(model, form, backend), model.observed))
 
     @value.defjvp
     def _jvp(primals: tuple[Model], tangents: tuple[Model]) -> tuple[Array, Array]:
@@ -93,7 +93,8 @@ def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
             for g, d in zip(gradient, change, strict=True)
             if g is not None and d is not None and d.dtype == g.dtype
         ]
-        return jnp.sum(filtered.log_density), jnp.sum(jnp.stack(terms))
+        value = jnp.sum(log_density(filtered, model.observed))
+        return value, jnp.sum(jnp.stack(terms))
 
     return value(model)
 
@@ -111,7 +112,7 @@ def _score(model: Model, filtered: FilterOutput, backend: Backend | None) -> Mod
         def one_step(constants: list[Array], varying: list[Array]) -> tuple[Array, Array, Array]:
             kalman = KalmanFilter(restore(constants), Covariance())
             _, output = kalman.step((mean, cov), restore_varying(varying))
-            return output.mean, output.cov, output.log_density
+            return output.mean, output.cov, log_density(output, own.observed, axis=0)
 
         back = transpose(model.weights if following is None else following)
         curvature = matmul(matmul(back, 0.5 * (q[:, None] * q[None] - matrix)), transpose(back))

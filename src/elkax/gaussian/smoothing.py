@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -45,15 +46,13 @@ def smooth(model: Model, filtered: FilterOutput, form: Any, backend: Backend | N
     Returns:
         Smoothed moments, covariances themselves.
     """
-    length, size = filtered.mean.shape
-    if length == 1:
-        empty = jnp.zeros((0, size, size), filtered.mean.dtype)
-        return Smoothed(filtered.mean, _decode(filtered.cov, form), empty)
+    if filtered.mean.shape[0] == 1:
+        return bryson_frazier(model, filtered, form, backend)
     steps, regular = _gains(encode_model(model, form), filtered, form)
     return where_sound(
         regular,
         lambda: _rauch_tung_striebel(steps, filtered, form, backend),
-        lambda: _bryson_frazier(model, filtered, form, backend),
+        lambda: bryson_frazier(model, filtered, form, backend),
     )
 
 
@@ -125,7 +124,36 @@ def _rauch_tung_striebel(
     return Smoothed(filtered.mean + jnp.concatenate((delta, last[0][None])), covs, lagged)
 
 
-def _bryson_frazier(
+@jax.custom_jvp
+def downdate(factor: Array, cov: Array, matrix: Array) -> Array:
+    r"""Compute $P - PMP = L(I - L^\top ML)L^\top$ for $P = LL^\top$, $0 \le L^\top ML \le I$.
+
+    Values come from the factor, so that no variance is negative; the derivative,
+    $dP - dP\,MP - PM\,dP - P\,dM\,P$, needs none of a factor, which has none where P is singular.
+
+    Args:
+        factor: $L$ (D, D, lanes).
+        cov: $P$ (D, D, lanes).
+        matrix: $M$ (D, D, lanes).
+    """
+    del cov
+    inner = symmetrize(matmul(matmul(transpose(factor), matrix), factor))
+    eye = jnp.eye(inner.shape[0], dtype=inner.dtype).reshape((*inner.shape[:2], 1))
+    return gram(matmul(factor, psd_cholesky(eye - inner)))
+
+
+@downdate.defjvp
+def _downdate_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    _, cov, matrix = primals
+    _, d_cov, d_matrix = tangents
+    # Not materialized: a conditional on a tangent could not be transposed.
+    one_side = lanes.product(d_cov, matmul(matrix, cov))
+    both_sides = lanes.product(lanes.product(cov, d_matrix), cov)
+    change = d_cov - one_side - transpose(one_side) - both_sides
+    return downdate(*primals), change
+
+
+def bryson_frazier(
     model: Model, filtered: FilterOutput, form: Any, backend: Backend | None
 ) -> Smoothed:
     r"""Smooth from the costates.
@@ -134,8 +162,10 @@ def _bryson_frazier(
     $L(I - L^\top F^\top\Lambda FL)L^\top$ with $P_{t|t} = LL^\top$, and
     $\mathrm{Cov}[z_t, z_{t+1}] = P_{t|t}F^\top(I - \Lambda P_{t+1|t})$.
     """
-    size = filtered.mean.shape[-1]
+    length, size = filtered.mean.shape
     covs = _decode(filtered.cov, form)
+    if length == 1:
+        return Smoothed(filtered.mean, covs, jnp.zeros((0, size, size), covs.dtype))
     costates = find_costates(model, filtered._replace(cov=covs), backend)
     fixed = constant_part(model)
 
@@ -145,10 +175,9 @@ def _bryson_frazier(
         if after.valid is not None:
             q, matrix = jnp.where(after.valid, q, 0.0), jnp.where(after.valid, matrix, 0.0)
         factor = lanes.materialize(form.cholesky(stored))
-        through = matmul(after.weights, factor)
-        inner = symmetrize(matmul(matmul(transpose(through), matrix), through))
-        eye = jnp.eye(size, dtype=inner.dtype).reshape((size, size, 1))
-        smoothed = gram(matmul(factor, psd_cholesky(eye - inner)))
+        back = matmul(matmul(transpose(after.weights), matrix), after.weights)
+        smoothed = downdate(factor, cov, back)
+        eye = jnp.eye(size, dtype=cov.dtype).reshape((size, size, 1))
         cross = matmul(cov, transpose(after.weights))
         predicted = Covariance().predict(after.weights, cov, after.noise)
         lagged = matmul(cross, eye - matmul(matrix, predicted))

@@ -11,7 +11,8 @@ from jaxtyping import Array
 from elkax.gaussian import Model
 from elkax.gaussian.covariance import Covariance
 from elkax.gaussian.factor import cho_solve, is_regular, psd_cholesky
-from elkax.scan.lanes import from_lanes, to_lanes
+from elkax.gaussian.kalman import FilterOutput, log_density, standardize
+from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes
 
 # Enough doublings for a spectral radius within 1e-12 of one.
 _DOUBLINGS = 48
@@ -41,9 +42,9 @@ class Stationary:
 
         def double(carry: tuple, _: None) -> tuple[tuple, None]:
             weights, mean, cov = carry
-            mean = mean + weights @ mean
+            mean = mean + matvec(weights, mean)
             cov = Covariance().predict(weights, cov, cov)
-            return (weights @ weights, mean, cov), None
+            return (matmul(weights, weights), mean, cov), None
 
         start = (model.weights, model.offset, model.noise)
         (rest, mean, cov), _ = jax.lax.scan(double, start, None, length=_DOUBLINGS)
@@ -125,31 +126,30 @@ class DiffuseEffect(NamedTuple):
     r"""The estimate of $\delta$ from data up to some time.
 
     Attributes:
-        mean: $J^{-1}\eta$ (..., d).
-        cov: $J^{-1}$ (..., d, d).
-        information: $J$ (..., d, d).
-        score: $\eta$ (..., d).
-        known: whether $J$ is nonsingular (...).
-        log_det: $\log|J|$ (...).
+        mean: $\hat\delta = J^{-1}\eta$ (T, d).
+        cov: $J^{-1}$ (T, d, d).
     """
 
     mean: Array
     cov: Array
-    information: Array
-    score: Array
-    known: Array
-    log_det: Array
 
 
-def estimate_diffuse(scaled: Array) -> DiffuseEffect:
-    r"""Estimate $\delta$ from standardized innovations, at every time.
+def estimate_diffuse(columns: FilterOutput, observed: Array) -> tuple[DiffuseEffect, Array]:
+    r"""Estimate $\delta$ at every time, and compute the diffuse log-likelihood.
+
+    With $e_0$ and $E$ the standardized innovations for $\delta = 0$ and their change with
+    $\delta$, $J = E^\top E$ and $\eta = -E^\top e_0$; the likelihood is that of the residual
+    $e_0 + E\hat\delta$, where nothing large cancels however far the data are from $m_0$.
 
     Args:
-        scaled: (1 + d, T, N) standardized innovations for $\delta = 0$ and of each unit $\delta$.
+        columns: filter output of every column, leading axes 1 + d and T.
+        observed: (T, N).
 
     Returns:
-        Estimates from data up to t, leading axis T; NaN where $\delta$ is not identified.
+        Estimates from data up to t, leading axis T, NaN where $\delta$ is not identified; and the
+        log-likelihood.
     """
+    scaled = standardize(columns)
     base, units = scaled[0], scaled[1:]
     score = -jnp.cumsum(jnp.einsum("itn,tn->ti", units, base, precision="highest"), axis=0)
     information = jnp.cumsum(jnp.einsum("itn,jtn->tij", units, units, precision="highest"), axis=0)
@@ -165,17 +165,20 @@ def estimate_diffuse(scaled: Array) -> DiffuseEffect:
     safe = jnp.where(known, factor, eye[..., None])
     inverse = from_lanes(cho_solve(safe, jnp.broadcast_to(eye[..., None], safe.shape)))
     cov = inverse / (scale[:, None] * scale[None])
-    cov = jnp.where(known[:, None, None], cov, jnp.nan)
-    safe_pivots = jnp.where(known, pivots, 1.0)
-    log_det = 2 * jnp.sum(jnp.log(safe_pivots), axis=0) + 2 * jnp.sum(jnp.log(scale))
-    return DiffuseEffect(
-        mean=jnp.einsum("tij,tj->ti", cov, score, precision="highest"),
-        cov=cov,
-        information=information,
-        score=score,
-        known=known,
-        log_det=jnp.where(known, log_det, jnp.nan),
+    mean = jnp.einsum("tij,tj->ti", cov, score, precision="highest")
+    residual = base + jnp.einsum("itn,i->tn", units, mean[-1], precision="highest")
+    log_det = 2 * jnp.sum(jnp.log(jnp.where(known[-1], pivots[:, -1], 1.0)))
+    log_det = log_det + 2 * jnp.sum(jnp.log(scale))
+    # The density of a residual of zero, and then of the standardized residual.
+    at_zero = columns._replace(residual=jnp.zeros_like(columns.residual))
+    at_zero = log_density(jax.tree.map(lambda leaf: leaf[0], at_zero), observed)
+    value = jnp.sum(at_zero) - 0.5 * jnp.sum(residual * residual) - 0.5 * log_det
+    # NaN comes last: times a zero cotangent it would be NaN in the derivative of what is known.
+    effect = DiffuseEffect(
+        mean=jnp.where(known[:, None], mean, jnp.nan),
+        cov=jnp.where(known[:, None, None], cov, jnp.nan),
     )
+    return effect, jnp.where(known[-1], value, jnp.nan)
 
 
 def integrate(

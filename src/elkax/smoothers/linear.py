@@ -12,10 +12,11 @@ from dynamax.linear_gaussian_ssm import (
 )
 from jaxtyping import Array, ArrayLike
 
-from elkax.gaussian import Form, Model
+from elkax.gaussian import Covariance, Form, Model
 from elkax.gaussian.costates import filter_model
-from elkax.gaussian.score import covariance_derivative, filter_moments, log_likelihood
-from elkax.gaussian.smoothing import Smoothed, smooth
+from elkax.gaussian.kalman import FilterOutput, log_density
+from elkax.gaussian.score import filter_moments, log_likelihood, with_derivative_of
+from elkax.gaussian.smoothing import Smoothed, bryson_frazier, smooth
 from elkax.scan import Backend
 from elkax.scan.lanes import from_lanes, to_lanes
 from elkax.smoothers.initial import ExactDiffuse, Stationary, estimate_diffuse, integrate
@@ -25,30 +26,30 @@ Initial = Stationary | ExactDiffuse | None
 
 
 class FilterSmoother(NamedTuple):
-    """Filtered and smoothed moments of one model.
+    """A filtered and smoothed model, covariances themselves."""
 
-    Attributes:
-        mean: filtered (T, D).
-        cov: filtered (T, D, D).
-        log_density: (T,).
-        scaled: (T, N) standardized innovations.
-        smoothed: smoothed moments.
-    """
-
-    mean: Array
-    cov: Array
-    log_density: Array
-    scaled: Array
+    filtered: FilterOutput
     smoothed: Smoothed
 
 
-@covariance_derivative
 def filter_and_smooth(model: Model, form: Any, backend: Backend | None) -> FilterSmoother:
-    """Filter and smooth a model whose covariances are themselves; see `filter_model`, `smooth`."""
-    filtered = filter_model(model, form, backend)
-    smoothed = smooth(model, filtered, form, backend)
-    cov = from_lanes(form.decode(to_lanes(filtered.cov)))
-    return FilterSmoother(filtered.mean, cov, filtered.log_density, filtered.scaled, smoothed)
+    """Filter and smooth a model whose covariances are themselves; see `filter_model`, `smooth`.
+
+    Differentiated as the covariance-form filter and Bryson-Frazier smoother, which solve with no
+    state covariance.
+    """
+
+    def by_costates(model: Model) -> FilterSmoother:
+        filtered = filter_model(model, Covariance(), backend)
+        return FilterSmoother(filtered, bryson_frazier(model, filtered, Covariance(), backend))
+
+    def in_form(model: Model) -> FilterSmoother:
+        filtered = filter_model(model, form, backend)
+        smoothed = smooth(model, filtered, form, backend)
+        cov = from_lanes(form.decode(to_lanes(filtered.cov)))
+        return FilterSmoother(filtered._replace(cov=cov), smoothed)
+
+    return with_derivative_of(by_costates, in_form, model)
 
 
 def setup(
@@ -85,17 +86,12 @@ def _filter(
 ) -> PosteriorGSSMFiltered:
     if not isinstance(initial, ExactDiffuse):
         filtered = filter_moments(model, form, backend)
-        log_likelihood = jnp.sum(filtered.log_density)
-        return PosteriorGSSMFiltered(poison(log_likelihood, finite), filtered.mean, filtered.cov)
-    filtered = initial.run(lambda m: filter_moments(m, form, backend), model)
-    effect = estimate_diffuse(filtered.scaled)
-    mean, cov = integrate(filtered.mean, filtered.cov[0], effect.mean, effect.cov)
-    value = _diffuse_value(jnp.sum(filtered.log_density[0]), effect)
+        value = jnp.sum(log_density(filtered, model.observed))
+        return PosteriorGSSMFiltered(poison(value, finite), filtered.mean, filtered.cov)
+    columns = initial.run(lambda m: filter_moments(m, form, backend), model)
+    effect, value = estimate_diffuse(columns, model.observed)
+    mean, cov = integrate(columns.mean, columns.cov[0], effect.mean, effect.cov)
     return PosteriorGSSMFiltered(poison(value, finite), mean, cov)
-
-
-def _diffuse_value(base: Array, effect: Any) -> Array:
-    return base + 0.5 * (jnp.dot(effect.score[-1], effect.mean[-1]) - effect.log_det[-1])
 
 
 @partial(jax.jit, static_argnames=("form", "backend", "initial"))
@@ -103,15 +99,13 @@ def _smoother(
     model: Model, finite: Array, *, form: Form, backend: Backend | None, initial: Initial
 ) -> PosteriorGSSMSmoothed:
     if not isinstance(initial, ExactDiffuse):
-        both = filter_and_smooth(model, form, backend)
-        value, filtered, smoothed = jnp.sum(both.log_density), (both.mean, both.cov), both.smoothed
+        both, smoothed = filter_and_smooth(model, form, backend)
+        value, filtered = jnp.sum(log_density(both, model.observed)), (both.mean, both.cov)
     else:
-        columns = initial.run(lambda m: filter_and_smooth(m, form, backend), model)
-        effect = estimate_diffuse(columns.scaled)
-        value = _diffuse_value(jnp.sum(columns.log_density[0]), effect)
+        columns, given = initial.run(lambda m: filter_and_smooth(m, form, backend), model)
+        effect, value = estimate_diffuse(columns, model.observed)
         filtered = integrate(columns.mean, columns.cov[0], effect.mean, effect.cov)
         last = effect.mean[-1], effect.cov[-1]
-        given = columns.smoothed
         mean, cov = integrate(given.mean, given.cov[0], *last)
         _, lagged = integrate(given.mean[:, :-1], given.lagged[0], *last, other=given.mean[1:, 1:])
         smoothed = Smoothed(mean, cov, lagged)
@@ -125,11 +119,10 @@ def _smoother(
 def _marginal_log_prob(
     model: Model, finite: Array, *, form: Form, backend: Backend | None, initial: Initial
 ) -> Array:
-    value = log_likelihood(model, form, backend)
-    if isinstance(initial, ExactDiffuse):
-        scaled = initial.run(lambda m: filter_moments(m, form, backend), model).scaled
-        value = _diffuse_value(value, estimate_diffuse(scaled))
-    return poison(value, finite)
+    if not isinstance(initial, ExactDiffuse):
+        return poison(log_likelihood(model, form, backend), finite)
+    columns = initial.run(lambda m: filter_moments(m, form, backend), model)
+    return poison(estimate_diffuse(columns, model.observed)[1], finite)
 
 
 def lgssm_filter(

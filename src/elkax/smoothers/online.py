@@ -8,7 +8,7 @@ from jaxtyping import Array, ArrayLike
 
 from elkax.gaussian import KalmanFilter, Model
 from elkax.gaussian.costates import encode_model
-from elkax.gaussian.kalman import constant_part, merge, over_time
+from elkax.gaussian.kalman import constant_part, log_density, merge, over_time
 from elkax.smoothers.linear import poison
 from elkax.smoothers.prepare import check_symmetric, find_form, prepare
 
@@ -92,7 +92,7 @@ def lgssm_online_step(
     before = jnp.where(first, 0.0, state.mean), jnp.where(first, 0.0, state.covariance)
     kalman = KalmanFilter(model, stored)
     (mean, cov), output = kalman.step(before, Model(*([None] * len(model))))
-    density = poison(output.log_density, problem.finite)
+    density = poison(log_density(output, model.observed), problem.finite)
     return OnlineState(mean, cov, state.marginal_loglik + density, state.time + 1)
 
 

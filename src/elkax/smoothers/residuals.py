@@ -19,6 +19,9 @@ from elkax.smoothers.initial import ExactDiffuse, estimate_diffuse, integrate
 from elkax.smoothers.linear import Initial, lgssm_filter, lgssm_smoother, setup
 from elkax.smoothers.prepare import Problem
 
+# GPUs would otherwise multiply in TF32.
+_product = partial(jnp.matmul, precision="highest")
+
 
 class Innovations(NamedTuple):
     r"""One-step-ahead prediction errors.
@@ -159,13 +162,13 @@ def _dynamics_disturbances(
 
     def moments(q: Array, matrix: Array) -> tuple[Array, Array]:
         mean = jnp.einsum("tij,...tj->...ti", noise, q, precision="highest")
-        return mean, noise - noise @ matrix @ noise
+        return mean, noise - _product(_product(noise, matrix), noise)
 
     if not isinstance(initial, ExactDiffuse):
         _, costates = solve(model)
         return moments(*costates)
     filtered, costates = initial.run(solve, model)
-    effect = estimate_diffuse(filtered.scaled)
+    effect, _ = estimate_diffuse(filtered, model.observed)
     mean, cov = moments(costates.vector, costates.matrix[0])
     return integrate(mean, cov, effect.mean[-1], effect.cov[-1])
 
@@ -194,16 +197,16 @@ def _emission_disturbances(
     weight = jnp.where(positive, 1.0 / jnp.where(positive, pivots, 1.0), 0.0)
     # An entry without error of its own tells nothing about the errors of the others.
     inverse, weight = from_lanes(inverse), from_lanes(weight)
-    precision = jnp.swapaxes(inverse, -1, -2) @ (weight[:, :, None] * inverse)
-    carry = jnp.where(seen[:, None, :], cov, 0.0) @ precision
+    precision = _product(jnp.swapaxes(inverse, -1, -2), weight[:, :, None] * inverse)
+    carry = _product(jnp.where(seen[:, None, :], cov, 0.0), precision)
     carry = jnp.where(seen[:, None, :], carry, 0.0)
     carry = jnp.where(seen[:, :, None], eye, carry)
     mean = jnp.einsum("tij,tj->ti", carry, residual, precision="highest")
     seen_spread = jnp.where(both, spread, 0.0)
     seen_cov = jnp.where(seen[:, None, :], cov, 0.0)
-    own = cov - carry @ jnp.swapaxes(seen_cov, -1, -2)
+    own = cov - _product(carry, jnp.swapaxes(seen_cov, -1, -2))
     own = jnp.where(seen[:, :, None] | seen[:, None, :], 0.0, own)
-    spread = own + carry @ seen_spread @ jnp.swapaxes(carry, -1, -2)
+    spread = own + _product(_product(carry, seen_spread), jnp.swapaxes(carry, -1, -2))
     # An entry without measurement error has none, not even a rounded one.
     noisy = jnp.diagonal(cov, axis1=-2, axis2=-1) != 0
     spread = jnp.where(noisy[:, :, None] & noisy[:, None, :], spread, 0.0)

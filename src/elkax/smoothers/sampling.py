@@ -27,7 +27,7 @@ def sample_states(key: Key, model: Model, backend: Backend | None) -> Array:
     draws = jr.normal(key, (length, size), dtype)
     noise = psd_cholesky(model.noise if model.noise.ndim == 2 else to_lanes(model.noise))
     steps = from_lanes(matvec(noise, to_lanes(draws))) + model.offset
-    start = model.initial_mean + psd_cholesky(model.initial_cov) @ draws[0]
+    start = model.initial_mean + matvec(psd_cholesky(model.initial_cov), draws[0])
     weights = jnp.broadcast_to(model.weights, (length, size, size)).at[0].set(0.0)
     return affine_scan(weights, steps.at[0].set(start), backend=backend)
 
@@ -171,6 +171,6 @@ def smoothed_mean(model: Model, form: Form, backend: Backend | None, initial: In
     if not isinstance(initial, ExactDiffuse):
         return filter_and_smooth(model, form, backend).smoothed.mean
     columns = initial.run(lambda m: filter_and_smooth(m, form, backend), model)
-    effect = estimate_diffuse(columns.scaled)
+    effect, _ = estimate_diffuse(columns.filtered, model.observed)
     given = columns.smoothed
     return integrate(given.mean, given.cov[0], effect.mean[-1], effect.cov[-1])[0]
