@@ -10,8 +10,7 @@ from dynamax.linear_gaussian_ssm import ParamsLGSSM
 from jaxtyping import Array, ArrayLike
 
 from elkax.gaussian import Covariance, Form, Model, SquareRoot
-from elkax.gaussian.factor import unit_ldl
-from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes
+from elkax.gaussian.decorrelation import decorrelate
 
 FORMS: dict[str, Form] = {"covariance": Covariance(), "square_root": SquareRoot()}
 
@@ -335,40 +334,3 @@ def _affine_offset(bias: Array | None, weights: Array | None, inputs: Array, siz
     if weights is None or weights.shape[-1] == 0:
         return offset
     return offset + jnp.einsum("...ij,...j->...i", weights, inputs, precision="highest")
-
-
-def decorrelate(
-    rows: Array, cov: Array, values: Array, observed: Array
-) -> tuple[Array, Array, Array]:
-    r"""Turn correlated measurements into uncorrelated ones.
-
-    With $R = L\,\mathrm{diag}(r)L^\top$ over the observed entries, L unit lower:
-    $y \leftarrow L^{-1}y$, $H \leftarrow L^{-1}H$, errors with variances r. Singular R is allowed.
-
-    Args:
-        rows: $H$ (N, D) or (T, N, D).
-        cov: $R$ (N, N) or (T, N, N).
-        values: (T, N), zero where missing.
-        observed: (T, N).
-
-    Returns:
-        New rows, variances and values. They vary in time if R or H does, or if some rows may be
-        partly missing.
-    """
-    if cov.shape[-1] == 1:
-        return rows, cov[..., 0], values
-    # A row that is missing as a whole needs no factor of its own.
-    partial = observed.any(1) & ~observed.all(1)
-    if cov.ndim == 2 and is_concrete(partial) and not bool(partial.any()):
-        inverse, variances = unit_ldl(cov)
-        h = rows if rows.ndim == 2 else to_lanes(rows)
-        new_rows = matmul(inverse, h)
-        new_values = from_lanes(matvec(inverse, to_lanes(values)))
-        return new_rows if rows.ndim == 2 else from_lanes(new_rows), variances, new_values
-    mask = to_lanes(observed)
-    r = cov[..., None] if cov.ndim == 2 else to_lanes(cov)
-    eye = jnp.eye(cov.shape[-1], dtype=cov.dtype)[..., None]
-    inverse, variances = unit_ldl(jnp.where(mask[:, None] & mask[None], r, eye))
-    new_rows = matmul(inverse, rows if rows.ndim == 2 else to_lanes(rows))
-    new_values = matvec(inverse, to_lanes(values))
-    return from_lanes(new_rows), from_lanes(variances), from_lanes(new_values)

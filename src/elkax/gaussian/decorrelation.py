@@ -1,0 +1,70 @@
+"""Measurements with correlated errors turned into measurements with uncorrelated ones."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from elkax.gaussian.factor import unit_ldl
+from elkax.scan.fallback import where_sound
+from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes
+
+
+def decorrelate(
+    rows: Array, cov: Array, values: Array, observed: Array
+) -> tuple[Array, Array, Array]:
+    r"""Turn correlated measurements into uncorrelated ones.
+
+    With $R = L\,\mathrm{diag}(r)L^\top$ over the observed entries, L unit lower:
+    $y \leftarrow L^{-1}y$, $H \leftarrow L^{-1}H$, errors with variances r. Singular R is allowed.
+
+    Args:
+        rows: $H$ (N, D) or (T, N, D).
+        cov: $R$ (N, N) or (T, N, N).
+        values: (T, N), zero where missing.
+        observed: (T, N).
+
+    Returns:
+        New rows, variances and values. They vary in time if R or H does, or if some rows may be
+        partly missing.
+    """
+    if cov.shape[-1] == 1:
+        return rows, cov[..., 0], values
+    # A row that is missing as a whole needs no factor of its own.
+    whole = observed.all(1) | ~observed.any(1)
+    if cov.ndim == 3:
+        return _decorrelate_each(rows, cov, values, observed)
+    if not isinstance(whole, jax.core.Tracer) and bool(whole.all()):
+        return _decorrelate_alike(rows, cov, values)
+
+    def alike() -> tuple[Array, Array, Array]:
+        new_rows, variances, new_values = _decorrelate_alike(rows, cov, values)
+        length = (values.shape[0],)
+        return (
+            jnp.broadcast_to(new_rows, length + new_rows.shape[-2:]),
+            jnp.broadcast_to(variances, length + variances.shape),
+            new_values,
+        )
+
+    return where_sound(whole, alike, lambda: _decorrelate_each(rows, cov, values, observed))
+
+
+def _decorrelate_alike(rows: Array, cov: Array, values: Array) -> tuple[Array, Array, Array]:
+    """Decorrelate with one factor for all times."""
+    inverse, variances = unit_ldl(cov)
+    h = rows if rows.ndim == 2 else to_lanes(rows)
+    new_rows = matmul(inverse, h)
+    new_values = from_lanes(matvec(inverse, to_lanes(values)))
+    return new_rows if rows.ndim == 2 else from_lanes(new_rows), variances, new_values
+
+
+def _decorrelate_each(
+    rows: Array, cov: Array, values: Array, observed: Array
+) -> tuple[Array, Array, Array]:
+    """Decorrelate what is observed at every time with a factor of its own."""
+    mask = to_lanes(observed)
+    r = cov[..., None] if cov.ndim == 2 else to_lanes(cov)
+    eye = jnp.eye(cov.shape[-1], dtype=cov.dtype)[..., None]
+    inverse, variances = unit_ldl(jnp.where(mask[:, None] & mask[None], r, eye))
+    new_rows = matmul(inverse, rows if rows.ndim == 2 else to_lanes(rows))
+    new_values = matvec(inverse, to_lanes(values))
+    return from_lanes(new_rows), from_lanes(variances), from_lanes(new_values)
