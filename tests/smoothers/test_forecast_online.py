@@ -1,6 +1,7 @@
 """Forecasts, streaming, innovations and disturbances against the dense reference."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import norm
@@ -87,6 +88,23 @@ def test_forecast_of_a_singular_model_under_jit():
     forecast = jax.jit(lambda p, y: elkax.lgssm_forecast(p, y, H))(*problem[:2])
     model = extend(model_arrays(problem.params, 7), H)
     check_forecast(forecast, future(model, problem.emissions))
+
+
+def test_forecast_of_ragged_series_starts_at_their_lengths():
+    """Each in a batch after its own end: parameters and inputs of the right times."""
+    problem, lengths = with_inputs(D=2, N=2, T=17 + H), (9, 17)
+    inputs, new = problem.inputs[:17], problem.inputs[-H:]
+
+    def forecast(length):
+        emissions = jnp.where(jnp.arange(17)[:, None] < length, problem.emissions[:17], jnp.inf)
+        return elkax.lgssm_forecast(problem.params, emissions, H, inputs, new, length=length)
+
+    batch = jax.jit(jax.vmap(forecast))(jnp.array(lengths))
+    for k, length in enumerate(lengths):
+        follow = np.concatenate([inputs[:length], new])
+        model = model_arrays(problem.params, length + H, follow)
+        expected = future(model, problem.emissions[:length])
+        check_forecast(jax.tree.map(lambda leaf, k=k: leaf[k], batch), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)

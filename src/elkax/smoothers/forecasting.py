@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from dynamax.linear_gaussian_ssm import ParamsLGSSM
 from jax.scipy.stats import norm
@@ -9,7 +10,7 @@ from jaxtyping import Array, ArrayLike
 
 from elkax.scan import Backend
 from elkax.smoothers.linear import Initial, lgssm_filter, setup
-from elkax.smoothers.prepare import Problem, check_count
+from elkax.smoothers.prepare import Problem, check_count, valid_steps
 
 
 class Forecast(NamedTuple):
@@ -80,6 +81,7 @@ def lgssm_forecast(
     backend: Backend | None = None,
     form: str = "covariance",
     initial: Initial = None,
+    length: ArrayLike | None = None,
 ) -> Forecast:
     r"""Compute $p(z_{T+k}, y_{T+k} \mid y_{1:T})$ for k = 1, ..., h.
 
@@ -94,6 +96,7 @@ def lgssm_forecast(
         backend: as `lgssm_filter`.
         form: as `lgssm_filter`.
         initial: as `lgssm_filter`.
+        length: only the first `length` emissions exist, and the forecast begins right after them.
 
     Returns:
         State and emission moments; emission bands by its `interval`.
@@ -106,6 +109,8 @@ def lgssm_forecast(
     emissions = jnp.asarray(emissions)
     if emissions.ndim != 2 or emissions.shape[0] == 0:
         raise ValueError(f"emissions must be (T, N) with T >= 1, got shape {emissions.shape}")
+    seen = valid_steps(length, len(emissions))
+    start = len(emissions) if length is None else jnp.asarray(length)
     if (inputs is None) != (forecast_inputs is None):
         raise ValueError(
             "inputs and forecast_inputs must be given together, got "
@@ -120,12 +125,23 @@ def lgssm_forecast(
                 f"forecast_inputs must have shape {expected}, got {forecast_inputs.shape}"
             )
         inputs = jnp.concatenate((inputs, forecast_inputs))
+        inputs = jax.lax.dynamic_update_slice_in_dim(
+            inputs, forecast_inputs.astype(inputs.dtype), start, 0
+        )
     dtype = jnp.result_type(emissions.dtype, params.initial.mean)
     future = jnp.full((num_forecast_timesteps, emissions.shape[1]), jnp.nan, dtype)
-    extended = jnp.concatenate((emissions.astype(dtype), future))
-    problem, _ = setup(params, extended, inputs, backend=backend, form=form, initial=initial)
-    posterior = lgssm_filter(params, extended, inputs, backend=backend, form=form, initial=initial)
+    past = emissions.astype(dtype)
+    past = past if seen is None else jnp.where(seen[:, None], past, jnp.nan)
+    extended = jnp.concatenate((past, future))
+    options = {"backend": backend, "form": form, "initial": initial}
+    options["length"] = None if length is None else start + num_forecast_timesteps
+    problem, _ = setup(params, extended, inputs, **options)
+    posterior = lgssm_filter(params, extended, inputs, **options)
     means, covs = posterior.filtered_means, posterior.filtered_covariances
-    emission_means, emission_covs = emission_moments(problem, means, covs)
-    parts = (means, covs, emission_means, emission_covs)
-    return Forecast(*(jnp.asarray(part)[-num_forecast_timesteps:] for part in parts))
+    parts = (means, covs, *emission_moments(problem, means, covs))
+    return Forecast(
+        *(
+            jax.lax.dynamic_slice_in_dim(jnp.asarray(part), start, num_forecast_timesteps)
+            for part in parts
+        )
+    )

@@ -107,7 +107,7 @@ def prepare(
     arrays, emissions, inputs = jax.tree.map(
         lambda leaf: leaf.astype(dtype), (arrays, emissions, inputs)
     )
-    return _assemble(arrays, emissions, inputs, _valid(length, num_timesteps), continues)
+    return _assemble(arrays, emissions, inputs, valid_steps(length, num_timesteps), continues)
 
 
 def _real_array(name: str, value: Any) -> Array:
@@ -241,8 +241,12 @@ def _check_inputs(arrays: ParamsLGSSM, inputs: Any, length: int) -> Array:
     return inputs
 
 
-def _valid(length: ArrayLike | None, num_timesteps: int) -> Array | None:
-    """Mark the time steps that exist."""
+def valid_steps(length: ArrayLike | None, num_timesteps: int) -> Array | None:
+    """Mark the time steps that exist, None if all do.
+
+    Raises:
+        ValueError: if the length is not one integer in 1, ..., T.
+    """
     if length is None:
         return None
     length = jnp.asarray(length)
