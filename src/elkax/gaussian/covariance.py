@@ -117,6 +117,5 @@ def _condition_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]):
     x = condition_on_information(covariance, information)
     xj = matmul(x, information)
     left = lanes.identity(x.shape[0], xj.shape[2:], x.dtype) - xj
-    # Not materialized: a conditional on a tangent could not be transposed.
-    change = lanes.product(lanes.product(left, d_covariance), transpose(left))
-    return x, change - lanes.product(lanes.product(x, d_information), x)
+    change = matmul(matmul(left, d_covariance), transpose(left))
+    return x, change - matmul(matmul(x, d_information), x)

@@ -146,9 +146,8 @@ def downdate(factor: Array, cov: Array, matrix: Array) -> Array:
 def _downdate_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     _, cov, matrix = primals
     _, d_cov, d_matrix = tangents
-    # Not materialized: a conditional on a tangent could not be transposed.
-    one_side = lanes.product(d_cov, matmul(matrix, cov))
-    both_sides = lanes.product(lanes.product(cov, d_matrix), cov)
+    one_side = matmul(matmul(d_cov, matrix), cov)
+    both_sides = matmul(matmul(cov, d_matrix), cov)
     change = d_cov - one_side - transpose(one_side) - both_sides
     return downdate(*primals), change
 

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Shaped
 
-from elkax.scan.fallback import all_lanes
-
 # Up to this inner dimension a product is written out over lanes: XLA's batched matmul calls
 # BLAS once per lane, which costs far more than the arithmetic (measured on CPU).
 MAX_UNROLLED = 8
@@ -50,20 +48,19 @@ def materialize(tree: PyTree, rank: int = 2) -> PyTree:
 
     XLA fuses a chain of small written-out products into one loop on CPU and then computes every
     intermediate anew for each element that needs it: two products in a row cost D times what they
-    should. It keeps no optimization barrier until then, but it never fuses across a conditional.
-    The condition below always holds, which XLA does not find out; elsewhere, and without lanes,
-    this does nothing.
+    should. It never fuses across a conditional, and does not look through an optimization barrier
+    while it still simplifies conditionals, so a condition behind one is not found to be constant.
+    Elsewhere, and without lanes, this does nothing.
 
     Args:
         tree: arrays.
         rank: number of matrix axes of the first of them.
     """
-    leaves = jax.tree.leaves(tree)
-    if leaves[0].ndim <= rank or leaves[0].size == 0 or jax.default_backend() != "cpu":
+    first = jax.tree.leaves(tree)[0]
+    if first.ndim <= rank or first.size == 0 or jax.default_backend() != "cpu":
         return tree
-    probe = jax.lax.stop_gradient(leaves[0].ravel()[0])
     return jax.lax.cond(
-        all_lanes(~((probe > 0) & (probe < 0))),
+        jax.lax.optimization_barrier(jnp.asarray(True)),
         lambda value: value,
         lambda value: jax.tree.map(jnp.zeros_like, value),
         tree,
