@@ -131,6 +131,10 @@ def test_the_choice_can_be_seen_and_named():
     assert choose(num_timesteps=10, state_dim=4, platform="cpu") == Sequential()
     assert isinstance(choose(num_timesteps=100_000, state_dim=4, platform="cpu"), Blocked)
     assert choose(num_timesteps=100_000, state_dim=64, platform="cpu") == Sequential()
+    affine = choose(num_timesteps=100_000, state_dim=4, platform="cpu", recurrence="affine")
+    assert affine == Sequential()
+    assert choose(num_timesteps=8192, state_dim=2, platform="cpu") == Blocked(128)
+    assert isinstance(choose(num_timesteps=100, state_dim=4, platform="gpu"), Blocked)
     assert elkax.scan.choose is choose
     case = CASES["affine dense"](5)
     chosen = run(case.scannable, case.state, case.xs)

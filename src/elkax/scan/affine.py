@@ -81,7 +81,7 @@ def affine_scan(
         initial_state: $h_0$, not part of the output; zero if None.
         reverse: run from the last entry to the first, $h_t = A_t h_{t+1} + b_t$ with
             `initial_state` as $h_{T+1}$.
-        backend: how to run it; chosen from T and D if None.
+        backend: how to run it; chosen by `elkax.scan.choose` if None.
 
     Returns:
         $h_{1:T}$. Cost O(T D^2) dense and O(T D) diagonal with the sequential backend.
@@ -118,4 +118,12 @@ def _affine_scan(
     size = start.shape[0]
     recurrence = Affine(size, diagonal=transition.ndim == 2)
     xs = transition, offset
-    return run(recurrence, start, xs, backend=backend, state_dim=size, reverse=reverse)[1]
+    return run(
+        recurrence,
+        start,
+        xs,
+        backend=backend,
+        state_dim=size,
+        recurrence="affine",
+        reverse=reverse,
+    )[1]

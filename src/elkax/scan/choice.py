@@ -1,5 +1,8 @@
 """Which backend runs when none is named."""
 
+import math
+from typing import Literal
+
 import jax
 from jaxtyping import PyTree
 
@@ -8,25 +11,38 @@ from elkax.scan.protocol import Backend, Scannable, State, sequence_length
 from elkax.scan.sequential import Sequential
 
 
-def choose(*, num_timesteps: int, state_dim: int, platform: str | None = None) -> Backend:
-    """Name the backend for a Kalman recurrence from measured crossovers.
+def choose(
+    *,
+    num_timesteps: int,
+    state_dim: int,
+    platform: str | None = None,
+    recurrence: Literal["kalman", "affine"] = "kalman",
+) -> Backend:
+    r"""Name the backend for a recurrence from measured crossovers.
+
+    On a CPU, `Blocked` with about $\sqrt T$ blocks for Kalman recurrences with 2 <= D <= 8 and
+    T >= 512, else `Sequential`: a scalar or affine recurrence runs at full speed as it is, and from
+    D of about 9 on a Kalman step keeps the machine busy by itself. One series is assumed; for a `vmap` over tens of series, whose lanes
+    fill the machine without blocks, name `Sequential`. On a GPU (by reasoning, not measured),
+    `Blocked` for T >= 64.
 
     Args:
         num_timesteps: T.
         state_dim: D.
         platform: "cpu", "gpu" or "tpu"; by default the one JAX computes on.
+        recurrence: "kalman" where covariances are carried, "affine" where vectors are.
 
     Returns:
         The backend that the library uses when `backend=None`.
     """
     platform = platform or jax.default_backend()
+    # The nearest power of two to the square root of T.
+    num_blocks = 2 ** round(math.log2(num_timesteps) / 2)
     if platform == "cpu":
-        if 3 <= state_dim <= 6 and num_timesteps >= 1024:
-            return Blocked(32)
+        if recurrence == "kalman" and 2 <= state_dim <= 8 and num_timesteps >= 512:
+            return Blocked(min(num_blocks, 256))
         return Sequential()
-    if num_timesteps < 64:
-        return Sequential()
-    return Blocked(max(8, int(num_timesteps**0.5)))
+    return Blocked(num_blocks) if num_timesteps >= 64 else Sequential()
 
 
 def run(
@@ -36,6 +52,7 @@ def run(
     *,
     backend: Backend | None = None,
     state_dim: int = 1,
+    recurrence: Literal["kalman", "affine"] = "kalman",
     reverse: bool = False,
 ) -> tuple[State, PyTree]:
     """Run a recurrence with the named backend, or with the one that `choose` gives.
@@ -46,11 +63,13 @@ def run(
         xs: inputs, leading axis T.
         backend: how to run it; chosen from T and `state_dim` if None.
         state_dim: D, for the choice.
+        recurrence: kind, for the choice.
         reverse: run from the last input to the first.
 
     Returns:
         The state after the last step run, and the outputs with leading axis T.
     """
     if backend is None:
-        backend = choose(num_timesteps=sequence_length(xs), state_dim=state_dim)
+        length = sequence_length(xs)
+        backend = choose(num_timesteps=length, state_dim=state_dim, recurrence=recurrence)
     return backend(scannable, state, xs, reverse=reverse)
