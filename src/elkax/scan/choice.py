@@ -22,9 +22,9 @@ def choose(
 
     On a CPU, `Blocked` with about $\sqrt T$ blocks for Kalman recurrences with 2 <= D <= 8 and
     T >= 512, else `Sequential`: a scalar or affine recurrence runs at full speed as it is, and from
-    D of about 9 on a Kalman step keeps the machine busy by itself. One series is assumed; for a `vmap` over tens of series, whose lanes
-    fill the machine without blocks, name `Sequential`. On a GPU (by reasoning, not measured),
-    `Blocked` for T >= 64.
+    D of about 9 on a Kalman step keeps the machine busy by itself. One series is assumed; for a
+    `vmap` over tens of series, whose lanes fill the machine without blocks, name `Sequential`. On
+    a GPU (by reasoning, not measured), `Blocked` for T >= 64.
 
     Args:
         num_timesteps: T.
