@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from elkax.gaussian.factor import gram, psd_cholesky, solve_lower, symmetrize
+from elkax.gaussian.factor import (
+    cho_solve,
+    gram,
+    is_regular,
+    psd_cholesky,
+    solve_lower,
+    symmetrize,
+)
 from elkax.scan import lanes
 from elkax.scan.lanes import dot, matmul, matvec, outer, transpose
 
@@ -37,9 +44,35 @@ class Covariance:
 
     def predict(self, weights: Array, stored: Array, noise: Array) -> Array:
         r"""Compute $FPF^\top + Q$."""
-        product = matmul(matmul(weights, stored), transpose(weights))
-        product, noise = lanes.align(product, 2, noise, 2)
-        return symmetrize(product + noise)
+        half = lanes.materialize(lanes.advance(weights, stored))
+        # The transpose of F(FP)'.
+        both = lanes.materialize(lanes.advance(weights, transpose(half)))
+        both, noise = lanes.align(both, 2, noise, 2)
+        return symmetrize(both + noise)
+
+    def reverse(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Array, Array]:
+        r"""Turn a step $z' = Fz + N(0, Q)$, $z \sim N(m, P)$, around: $z \mid z'$.
+
+        $G = PF^\top(FPF^\top + Q)^{-1}$ and, in Joseph form,
+        $U = (I - GF)P(I - GF)^\top + GQG^\top$.
+
+        Args:
+            weights: $F$.
+            stored: $P$.
+            noise: $Q$.
+
+        Returns:
+            $G$, $U$, and whether $FPF^\top + Q$ is regular; if not, they are meaningless.
+        """
+        factor = psd_cholesky(
+            lanes.materialize(self.predict(weights, stored, noise)), written_out=True
+        )
+        cross = matmul(weights, stored)
+        gain = lanes.materialize(transpose(cho_solve(factor, cross, written_out=True)))
+        eye = lanes.identity(gain.shape[0], gain.shape[2:], gain.dtype)
+        rest = self.predict(eye - matmul(gain, weights), stored, jnp.zeros_like(stored))
+        noise = jnp.broadcast_to(lanes.align(noise, 2, stored, 2)[0], stored.shape)
+        return gain, self.predict(gain, noise, rest), is_regular(factor)
 
     def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]:
         r"""Compute $Ph$ and $s = h^\top Ph + r$ for one scalar $y = h^\top z + N(0, r)$.

@@ -38,6 +38,10 @@ class Form(Protocol):
         """Propagate through an affine-Gaussian step."""
         ...
 
+    def reverse(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Array, Array]:
+        """Turn an affine-Gaussian step around."""
+        ...
+
     def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]:
         """Begin a scalar update: the projection on its row, and the innovation variance."""
         ...
@@ -243,7 +247,7 @@ class KalmanFilter:
         """Lengthen a block by one step."""
         model = merge(self.fixed, x)
         mean, cov = self.predict(model, summary.b, summary.c)
-        weights = lanes.product(model.weights, summary.a)
+        weights = lanes.advance(model.weights, summary.a)
         longer = self.observe(summary._replace(a=weights, b=mean, c=cov), model)
         if model.valid is None:
             return longer

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from elkax.scan import lanes
-from elkax.scan.lanes import matmul, matvec
+from elkax.scan.lanes import advance, materialize, matvec
 
 
 class Transition(NamedTuple):
@@ -58,7 +58,8 @@ class GaussMarkov:
     def combine(self, left: Transition, right: Transition) -> Transition:
         r"""Join two blocks: $(M_2M_1, M_2g_1 + g_2, M_2U_1M_2^\top + U_2)$."""
         (offset, cov), _ = self.step((left.offset, left.cov), right)
-        return Transition(matmul(right.weights, left.weights), offset, cov)
+        weights = materialize(advance(right.weights, left.weights))
+        return Transition(weights, offset, cov)
 
     def absorb(self, summary: Transition, x: Transition) -> Transition:
         """Lengthen a block; one step is its own summary."""

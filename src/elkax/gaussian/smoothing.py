@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from elkax.gaussian.costates import encode_model, find_costates
 from elkax.gaussian.covariance import Covariance
-from elkax.gaussian.factor import cho_solve, gram, is_regular, psd_cholesky, symmetrize
+from elkax.gaussian.factor import gram, psd_cholesky, symmetrize
 from elkax.gaussian.kalman import FilterOutput, Model, constant_part, merge, over_time
 from elkax.gaussian.markov import GaussMarkov, Transition
 from elkax.scan import Backend, lanes, run
@@ -64,8 +64,8 @@ def _decode(stored: Array, form: Any) -> Array:
 def _gains(model: Model, filtered: FilterOutput, form: Any) -> tuple[Transition, Array]:
     r"""Compute the backward transitions for t = 0, ..., T - 2, all at once.
 
-    $G_t = P_{t|t}F_{t+1}^\top P_{t+1|t}^{-1}$, offset $G_t(m_{t+1|t+1} - m_{t+1|t})$, and in Joseph
-    form $U_t = (I - G_tF_{t+1})P_{t|t}(I - G_tF_{t+1})^\top + G_tQ_{t+1}G_t^\top$.
+    $G_t = P_{t|t}F_{t+1}^\top P_{t+1|t}^{-1}$, offset $G_t(m_{t+1|t+1} - m_{t+1|t})$ and
+    $U_t = \mathrm{Cov}[z_t \mid z_{t+1}, y_{1:t}]$; see `Covariance.reverse`.
 
     Returns:
         The transitions, and whether each predicted covariance is regular.
@@ -76,18 +76,10 @@ def _gains(model: Model, filtered: FilterOutput, form: Any) -> tuple[Transition,
     def gain(x: tuple) -> tuple[tuple[Transition, Array], None]:
         after, cov, correction = x
         after = merge(fixed, after)
-        predicted = lanes.materialize(form.predict(after.weights, cov, after.noise))
-        factor = form.cholesky(predicted, written_out=True)
-        regular = is_regular(factor)
-        cross = matmul(after.weights, form.decode(cov))
-        gain = lanes.materialize(transpose(cho_solve(factor, cross, written_out=True)))
-        eye = jnp.eye(size, dtype=gain.dtype).reshape((size, size, 1))
-        rest = eye - matmul(gain, after.weights)
-        own = form.predict(rest, cov, jnp.zeros_like(cov))
-        noise = form.predict(gain, jnp.broadcast_to(_widen(after.noise, cov), cov.shape), own)
+        gain, noise, regular = form.reverse(after.weights, cov, after.noise)
         shift = matvec(gain, correction)
         if after.valid is not None:
-            gain = jnp.where(after.valid, gain, eye)
+            gain = jnp.where(after.valid, gain, lanes.identity(size, (1,), gain.dtype))
             shift = jnp.where(after.valid, shift, 0.0)
             noise = jnp.where(after.valid, noise, 0.0)
             regular = regular | ~after.valid
@@ -95,10 +87,6 @@ def _gains(model: Model, filtered: FilterOutput, form: Any) -> tuple[Transition,
 
     later = over_time(lambda field, rank: field[1:], model)
     return in_blocks(gain, (later, filtered.cov[:-1], filtered.correction[1:]), size)[0]
-
-
-def _widen(matrix: Array, like: Array) -> Array:
-    return lanes.align(matrix, 2, like, 2)[0]
 
 
 def _rauch_tung_striebel(

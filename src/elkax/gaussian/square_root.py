@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from elkax.gaussian.factor import gram, psd_cholesky, solve_lower, tria
+from elkax.gaussian.factor import gram, is_regular, psd_cholesky, solve_lower, tria
 from elkax.scan import lanes
 from elkax.scan.lanes import dot, materialize, matmul, matvec, transpose
 
@@ -38,7 +38,24 @@ class SquareRoot:
 
     def predict(self, weights: Array, stored: Array, noise: Array) -> Array:
         r"""Compute the factor of $FLL^\top F^\top + L_QL_Q^\top$ by one triangularisation."""
-        return tria(_beside(matmul(weights, stored), noise))
+        return tria(_beside(materialize(lanes.advance(weights, stored)), noise))
+
+    def reverse(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Array, Array]:
+        r"""Turn a step around; arguments and returns as `Covariance.reverse`.
+
+        The factor of the joint covariance of $(z', z)$, by one triangularisation, has the blocks
+        $L'$, $GL'$ and, below the diagonal, a factor of $U$: one solve instead of the two with
+        $FPF^\top + Q$, and no squares.
+        """
+        size = stored.shape[0]
+        moved = materialize(lanes.advance(weights, stored))
+        above = _beside(moved, noise)
+        below = _beside(stored, jnp.zeros_like(stored))
+        joint = tria(jnp.concatenate((above, below), axis=0))
+        factor, cross, rest = joint[:size, :size], joint[size:, :size], joint[size:, size:]
+        factor, cross = materialize((factor, cross))
+        gain = solve_lower(factor, transpose(cross), transposed=True, written_out=True)
+        return transpose(gain), rest, is_regular(factor)
 
     def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]:
         r"""Compute $f = L^\top h$ and $s = f^\top f + r$; arguments as `Covariance.project`."""
@@ -72,8 +89,12 @@ class SquareRoot:
         shrink = jnp.where(some, jnp.sqrt(later / safe), 1.0)
         left = some & (later > 0)
         weight = f * jnp.where(left, jax.lax.rsqrt(jnp.where(left, later, 1.0) * safe), 0.0)
-        shrink, weight, columns, gain = materialize((shrink, weight, columns, gain), 1)
-        return gain, stored * shrink[None] - columns * weight[None]
+        # Where little is taken away, 1 - shrink without the difference, so that it rounds once.
+        loss = jnp.where(some, f * f / (safe * (1.0 + shrink)), 0.0)
+        little = shrink > 0.5
+        keep, factor = jnp.where(little, 1.0, 0.0), jnp.where(little, -loss, shrink)
+        keep, factor, weight, columns, gain = materialize((keep, factor, weight, columns, gain), 1)
+        return gain, keep[None] * stored + (stored * factor[None] - columns * weight[None])
 
     def accumulate(self, stored: Array, columns: Array) -> Array:
         r"""Compute the factor of $ZZ^\top + GG^\top$."""

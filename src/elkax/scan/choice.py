@@ -20,11 +20,11 @@ def choose(
 ) -> Backend:
     r"""Name the backend for a recurrence from measured crossovers.
 
-    On a CPU, `Blocked` with about $\sqrt T$ blocks for Kalman recurrences with 2 <= D <= 8 and
-    T >= 512, else `Sequential`: a scalar or affine recurrence runs at full speed as it is, and from
-    D of about 9 on a Kalman step keeps the machine busy by itself. One series is assumed; for a
-    `vmap` over tens of series, whose lanes fill the machine without blocks, name `Sequential`. On
-    a GPU (by reasoning, not measured), `Blocked` for T >= 64.
+    On a CPU, `Blocked` with about $\sqrt T$ blocks for Kalman recurrences with D <= 8 and T >= 512,
+    else `Sequential`: an affine recurrence runs at full speed as it is, and from D of about 9 on a
+    Kalman step keeps the machine busy by itself. One series is assumed; for a `vmap` over tens of
+    series, whose lanes fill the machine without blocks, name `Sequential`. On a GPU (by reasoning,
+    not measured), `Blocked` for T >= 64.
 
     Args:
         num_timesteps: T.
@@ -39,7 +39,7 @@ def choose(
     # The nearest power of two to the square root of T.
     num_blocks = 2 ** round(math.log2(num_timesteps) / 2)
     if platform == "cpu":
-        if recurrence == "kalman" and 2 <= state_dim <= 8 and num_timesteps >= 512:
+        if recurrence == "kalman" and state_dim <= 8 and num_timesteps >= 512:
             return Blocked(min(num_blocks, 256))
         return Sequential()
     return Blocked(num_blocks) if num_timesteps >= 64 else Sequential()
