@@ -210,13 +210,13 @@ def constant_velocity(T=T_CONTRACT, dt=0.01, noise=0.1, seed=4):
     return Problem(params, simulate(params, T, seed))
 
 
-def near_unit_root(T=T_CONTRACT, gap=1e-4, seed=5):
-    """Two slow modes that a rotation mixes, one noisy mixture of them measured."""
+def near_unit_root(T=T_CONTRACT, gap=1e-4, H=((1.0, 0.4),), seed=5):
+    """Two slow modes that a rotation mixes, noisy mixtures of them measured."""
     c, s = np.cos(0.3), np.sin(0.3)
     turn = np.array([[c, -s], [s, c]])
     F = turn @ np.diag([1 - gap, 1 - 3 * gap]) @ turn.T
     params = make_params(
-        np.zeros(2), np.eye(2), F, np.diag([0.01, 0.02]), np.array([[1.0, 0.4]]), np.array([[0.5]])
+        np.zeros(2), np.eye(2), F, np.diag([0.01, 0.02]), np.array(H), 0.5 * np.eye(len(H))
     )
     return Problem(params, simulate(params, T, seed))
 

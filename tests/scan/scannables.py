@@ -62,7 +62,7 @@ def kalman(length, *, form):
         first=(jnp.arange(length) == 0).astype(float),
         valid=jnp.arange(length) <= 0.9 * length,
     )
-    start = jnp.zeros(3), jnp.zeros((3, 3))
+    start = jnp.zeros(3), jnp.zeros(3), jnp.zeros((3, 3))
     xs = over_time(lambda field, rank: field, model)
     return Case(KalmanFilter(constant_part(model), form), start, xs)
 

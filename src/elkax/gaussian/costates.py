@@ -10,6 +10,7 @@ from elkax.gaussian.kalman import (
     FilterOutput,
     KalmanFilter,
     Model,
+    State,
     constant_part,
     merge,
     over_time,
@@ -57,17 +58,20 @@ def filter_model(model: Model, form: Any, backend: Backend | None) -> FilterOutp
     """
     stored = encode_model(model, form)
     size = model.initial_mean.shape[0]
-    start = (jnp.zeros_like(model.initial_mean), jnp.zeros_like(model.initial_cov))
+    zero = jnp.zeros_like(model.initial_mean)
+    start = (zero, zero, jnp.zeros_like(model.initial_cov))
     kalman = KalmanFilter(constant_part(stored), form)
     xs = over_time(lambda field, rank: field, stored)
     return run(kalman, start, xs, backend=backend, state_dim=size)[1]
 
 
-def before(filtered: FilterOutput) -> tuple[Array, Array]:
-    """Give the moments that each step starts from, zero before the first."""
-    mean = jnp.concatenate((jnp.zeros_like(filtered.mean[:1]), filtered.mean[:-1]))
-    cov = jnp.concatenate((jnp.zeros_like(filtered.cov[:1]), filtered.cov[:-1]))
-    return mean, cov
+def before(filtered: FilterOutput) -> State:
+    """Give the state that each step starts from, zero before the first."""
+
+    def shift(leaf: Array) -> Array:
+        return jnp.concatenate((jnp.zeros_like(leaf[:1]), leaf[:-1]))
+
+    return shift(filtered.mean), shift(filtered.low), shift(filtered.cov)
 
 
 def next_weights(model: Model) -> Array | None:
@@ -103,11 +107,11 @@ def find_costates(model: Model, filtered: FilterOutput, backend: Backend | None)
     kalman = KalmanFilter(fixed, form)
 
     def transitions(x: tuple) -> tuple[Transition, None]:
-        own, mean, cov, following, goes_on = x
+        own, state, following, goes_on = x
         own = merge(fixed, own)
-        mean, cov = kalman.predict(own, mean, cov)
+        mean, low, cov = kalman.predict(own, state)
         empty = kalman.identity(mean.shape[1:], mean.dtype)
-        update = kalman.observe(empty._replace(b=mean, c=cov), own)
+        update = kalman.observe(empty._replace(b=mean, low=low, c=cov), own)
         following = model.weights if following is None else following
         back = transpose(matmul(following, materialize(update.a)))
         vector, matrix = update.eta, update.j
@@ -117,7 +121,7 @@ def find_costates(model: Model, filtered: FilterOutput, backend: Backend | None)
         return Transition(back, vector, matrix), None
 
     varying = over_time(lambda field, rank: field, model)
-    xs = (varying, *before(filtered), next_weights(model), continues(model))
+    xs = (varying, before(filtered), next_weights(model), continues(model))
     steps, _ = in_blocks(transitions, xs, size)
     start = (jnp.zeros_like(filtered.mean[-1]), jnp.zeros_like(filtered.cov[-1]))
     _, (vector, matrix) = run(

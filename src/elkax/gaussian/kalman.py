@@ -11,7 +11,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from elkax.scan import lanes
-from elkax.scan.lanes import MAX_UNROLLED, dot, materialize, matmul, matvec, outer, transpose
+from elkax.scan.lanes import (
+    MAX_UNROLLED,
+    dot,
+    materialize,
+    matmul,
+    matvec,
+    outer,
+    transpose,
+    two_sum,
+)
+
+# Mean, what rounding left out of it, covariance stored in the form in use.
+State = tuple[Array, Array, Array]
 
 
 @runtime_checkable
@@ -132,7 +144,8 @@ class FilterOutput(NamedTuple):
     r"""What one step of the filter gives.
 
     Attributes:
-        mean: $m_{t|t}$ (D,).
+        mean: $m_{t|t}$ (D,), rounded.
+        low: (D,) what that rounding left out.
         cov: $P_{t|t}$ (D, D), stored in the form in use.
         correction: $m_{t|t} - m_{t|t-1}$ (D,).
         residual: (N,) uncorrelated scalar innovations $v_i$, 0 where missing.
@@ -140,6 +153,7 @@ class FilterOutput(NamedTuple):
     """
 
     mean: Array
+    low: Array
     cov: Array
     correction: Array
     residual: Array
@@ -178,6 +192,7 @@ class Summary(NamedTuple):
         eta: $\eta$ (D,).
         j: $J$ (D, D), stored in the form in use.
         sound: whether every innovation covariance in the block was nonsingular.
+        low: (D,) what rounding left out of $b$.
     """
 
     a: Array
@@ -186,6 +201,7 @@ class Summary(NamedTuple):
     eta: Array
     j: Array
     sound: Array
+    low: Array
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["fixed"], meta_fields=["form"])
@@ -193,8 +209,10 @@ class Summary(NamedTuple):
 class KalmanFilter:
     r"""The Kalman filter: a step predicts, then conditions on $y_t$ entry by entry.
 
-    The state is $(m_{t|t}, P_{t|t})$. Entries of $y_t$ have uncorrelated errors, so each is a
-    scalar update: no N x N matrix is formed, r = 0 is ordinary and missing entries are skipped.
+    The state is $(m_{t|t}, e_t, P_{t|t})$, where $e_t$ is what rounding left out of the mean. A
+    large mean that is rounded in every step (the position of an integrator) would otherwise act
+    like a disturbance on all states. Entries of $y_t$ have uncorrelated errors, so each is a scalar
+    update: no N x N matrix is formed, r = 0 is ordinary and missing entries are skipped.
 
     Args:
         fixed: the constant part of a `Model`.
@@ -204,36 +222,34 @@ class KalmanFilter:
     fixed: Model
     form: Any
 
-    def step(
-        self, state: tuple[Array, Array], x: Model
-    ) -> tuple[tuple[Array, Array], FilterOutput]:
+    def step(self, state: State, x: Model) -> tuple[State, FilterOutput]:
         """Predict and update."""
         model = merge(self.fixed, x)
-        mean, cov = state
-        predicted, cov = self.predict(model, mean, cov)
-        cov, predicted, floors = materialize((cov, predicted, self._floors(model, cov)))
+        predicted, low, cov = self.predict(model, state)
+        cov, predicted, low, floors = materialize((cov, predicted, low, self._floors(model, cov)))
 
         def update(carry: tuple, entry: tuple) -> tuple[tuple, tuple[Array, Array]]:
-            correction, cov = carry
+            shift, cov = carry
             h, variance, value, used, floor = entry
             projection, s = self.form.project(cov, h, variance)
-            residual = value - dot(h, predicted) - dot(h, correction)
+            residual = value - dot(h, predicted) - dot(h, shift)
             projection, s, residual = materialize((projection, s, residual), 1)
             singular, active, s = self._judge(s, floor, used)
             gain, cov = self.form.update(cov, projection, variance, s, active)
-            carry = correction + gain * residual, cov
+            carry = shift + gain * residual, cov
             return carry, (residual * used, jnp.where(singular, jnp.nan, s))
 
-        start = (jnp.zeros_like(predicted), cov)
-        (correction, cov), (residual, variance) = fold_rows(update, start, entries(model, floors))
-        output = FilterOutput(predicted + correction, cov, correction, residual, variance)
+        (shift, cov), (residual, variance) = fold_rows(update, (low, cov), entries(model, floors))
+        mean, rest = two_sum(predicted, shift)
+        output = FilterOutput(mean, rest, cov, shift - low, residual, variance)
         if model.valid is not None:
             output = output._replace(
-                mean=jnp.where(model.valid, output.mean, mean),
-                cov=jnp.where(model.valid, cov, state[1]),
-                correction=jnp.where(model.valid, correction, 0.0),
+                mean=jnp.where(model.valid, mean, state[0]),
+                low=jnp.where(model.valid, rest, state[1]),
+                cov=jnp.where(model.valid, cov, state[2]),
+                correction=jnp.where(model.valid, output.correction, 0.0),
             )
-        return (output.mean, output.cov), output
+        return (output.mean, output.low, output.cov), output
 
     def identity(self, lane_shape: tuple[int, ...], dtype: DTypeLike) -> Summary:
         """Summarise no step: the state stays and nothing is observed."""
@@ -241,26 +257,31 @@ class KalmanFilter:
         matrix = jnp.zeros((size, size, *lane_shape), dtype)
         vector = jnp.zeros((size, *lane_shape), dtype)
         eye = lanes.identity(size, lane_shape, dtype)
-        return Summary(eye, vector, matrix, vector, matrix, jnp.ones(lane_shape, bool))
+        sound = jnp.ones(lane_shape, bool)
+        return Summary(eye, vector, matrix, vector, matrix, sound, vector)
 
     def absorb(self, summary: Summary, x: Model) -> Summary:
         """Lengthen a block by one step."""
         model = merge(self.fixed, x)
-        mean, cov = self.predict(model, summary.b, summary.c)
+        mean, low, cov = self.predict(model, (summary.b, summary.low, summary.c))
         weights = lanes.advance(model.weights, summary.a)
-        longer = self.observe(summary._replace(a=weights, b=mean, c=cov), model)
+        longer = self.observe(summary._replace(a=weights, b=mean, low=low, c=cov), model)
         if model.valid is None:
             return longer
         return jax.tree.map(lambda new, old: jnp.where(model.valid, new, old), longer, summary)
 
     def observe(self, summary: Summary, model: Model) -> Summary:
         """Condition the end of a block on the entries of one observation."""
+        floors = self._floors(model, summary.c)
+        a, mean, low, cov, floors = materialize(
+            (summary.a, summary.b, summary.low, summary.c, floors)
+        )
 
         def update(carry: tuple, entry: tuple) -> tuple[tuple, Array]:
-            a, b, c, eta, sound = carry
+            a, shift, c, eta, sound = carry
             h, variance, value, used, floor = entry
             projection, s = self.form.project(c, h, variance)
-            residual = value - dot(h, b)
+            residual = value - dot(h, mean) - dot(h, shift)
             through = matvec(transpose(a), h)
             projection, s, residual, through = materialize((projection, s, residual, through), 1)
             singular, active, s = self._judge(s, floor, used)
@@ -269,19 +290,18 @@ class KalmanFilter:
             column, scaled = through * root, residual * root
             carry = (
                 a - outer(gain, through),
-                b + gain * residual,
+                shift + gain * residual,
                 c,
                 eta + column * scaled,
                 sound & ~singular,
             )
             return carry, column
 
-        floors = self._floors(model, summary.c)
-        a, mean, cov, floors = materialize((summary.a, summary.b, summary.c, floors))
-        start = (a, mean, cov, summary.eta, summary.sound)
-        (a, b, c, eta, sound), columns = fold_rows(update, start, entries(model, floors))
+        start = (a, low, cov, summary.eta, summary.sound)
+        (a, shift, c, eta, sound), columns = fold_rows(update, start, entries(model, floors))
+        b, low = two_sum(mean, shift)
         j = self.form.accumulate(summary.j, transpose(columns))
-        return Summary(a, b, c, eta, j, sound)
+        return Summary(a, b, c, eta, j, sound, low)
 
     def combine(self, left: Summary, right: Summary) -> Summary:
         r"""Join two blocks.
@@ -291,40 +311,47 @@ class KalmanFilter:
         $A = A_2(I - XJ_2)A_1$, $b = A_2(b_1 + X(\eta_2 - J_2b_1)) + b_2$, $C = A_2XA_2^\top + C_2$,
         $\eta = \eta_1 + A_1^\top(I - J_2X)(\eta_2 - J_2b_1)$, $J = A_1^\top YA_1 + J_1$.
         """
-        a1, b1, c1, eta1, j1, _ = left
-        a2, b2, c2, eta2, j2, _ = right
+        a1, b1, c1, eta1, j1, _, low1 = left
+        a2, b2, c2, eta2, j2, _, low2 = right
         form = self.form
         x, y = form.condition(c1, j2), form.condition(j2, c1)
-        surprise = eta2 - form.times(j2, b1)
+        surprise = eta2 - form.times(j2, b1) - form.times(j2, low1)
         moved = form.times(x, surprise)
+        b, low = two_sum(b2, matvec(a2, b1) + (matvec(a2, low1 + moved) + low2))
         x_full, j2_full = form.decode(x), form.decode(j2)
         return Summary(
             matmul(a2, a1 - matmul(x_full, matmul(j2_full, a1))),
-            matvec(a2, b1 + moved) + b2,
+            b,
             form.predict(a2, x, c2),
             eta1 + matvec(transpose(a1), surprise - form.times(j2, moved)),
             form.predict(transpose(a1), y, j1),
             left.sound & right.sound,
+            low,
         )
 
-    def apply(self, summary: Summary, state: tuple[Array, Array]) -> tuple[Array, Array]:
+    def apply(self, summary: Summary, state: State) -> State:
         """Jump over a block."""
-        mean, cov = state
-        a, b, c, eta, j, _ = summary
-        x = self.form.condition(cov, j)
-        mean = mean + self.form.times(x, eta - self.form.times(j, mean))
-        return matvec(a, mean) + b, self.form.predict(a, x, c)
+        mean, low, cov = state
+        a, b, c, eta, j, _, low_b = summary
+        form = self.form
+        x = form.condition(cov, j)
+        moved = low + form.times(x, eta - form.times(j, mean) - form.times(j, low))
+        mean, low = two_sum(b, matvec(a, mean) + (matvec(a, moved) + low_b))
+        return mean, low, form.predict(a, x, c)
 
     def sound(self, summary: Summary) -> Array:
         """Tell whether the block's innovation covariances were nonsingular."""
         return summary.sound
 
-    def predict(self, model: Model, mean: Array, cov: Array) -> tuple[Array, Array]:
+    def predict(self, model: Model, state: State) -> State:
         """Predict one step; before the first one the state is exactly zero."""
+        mean, low, cov = state
         offset = lanes.blend(model.first, model.initial_mean, model.offset, 1)
         noise = lanes.blend(model.first, model.initial_cov, model.noise, 2)
-        mean = _add(matvec(model.weights, mean), offset)
-        return mean, self.form.predict(model.weights, cov, noise)
+        near, rest = lanes.split_identity(model.weights)
+        change = _add(matvec(rest, mean) + matvec(model.weights, low), offset)
+        near, mean = lanes.align(near, 1, mean, 1)
+        return *two_sum(near * mean, change), self.form.predict(model.weights, cov, noise)
 
     def _judge(self, s: Array, floor: Array, used: Array) -> tuple[Array, Array, Array]:
         """Tell where an innovation variance is singular, where it is used, and make it safe."""

@@ -106,12 +106,12 @@ def _score(model: Model, filtered: FilterOutput, backend: Backend | None) -> Mod
     constants, restore = _real_fields(fixed)
 
     def pull(x: tuple) -> tuple[list[Array], list[Array]]:
-        own, mean, cov, following, goes_on, q, matrix = x
+        own, state, following, goes_on, q, matrix = x
         varying, restore_varying = _real_fields(own)
 
         def one_step(constants: list[Array], varying: list[Array]) -> tuple[Array, Array, Array]:
             kalman = KalmanFilter(restore(constants), Covariance())
-            _, output = kalman.step((mean, cov), restore_varying(varying))
+            _, output = kalman.step(state, restore_varying(varying))
             return output.mean, output.cov, log_density(output, own.observed, axis=0)
 
         back = transpose(model.weights if following is None else following)
@@ -128,7 +128,7 @@ def _score(model: Model, filtered: FilterOutput, backend: Backend | None) -> Mod
 
     varying = over_time(lambda field, rank: field, model)
     later = jax.tree.map(shifted, costates)
-    xs = (varying, *before(filtered), next_weights(model), continues(model), *later)
+    xs = (varying, before(filtered), next_weights(model), continues(model), *later)
     outputs, totals = in_blocks(pull, xs, filtered.mean.shape[-1])
     _, restore_varying = _real_fields(varying)
     nothing = Model(*([None] * len(model)))

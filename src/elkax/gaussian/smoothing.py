@@ -109,7 +109,8 @@ def _rauch_tung_striebel(
         return matmul(*x), None
 
     lagged, _ = in_blocks(lag, (steps.weights, covs[1:]), size)
-    return Smoothed(filtered.mean + jnp.concatenate((delta, last[0][None])), covs, lagged)
+    delta = jnp.concatenate((delta, last[0][None]))
+    return Smoothed(filtered.mean + (filtered.low + delta), covs, lagged)
 
 
 @jax.custom_jvp
@@ -157,7 +158,7 @@ def bryson_frazier(
     fixed = constant_part(model)
 
     def moments(x: tuple) -> tuple[tuple[Array, Array, Array], None]:
-        after, mean, stored, cov, q, matrix = x
+        after, mean, low, stored, cov, q, matrix = x
         after = merge(fixed, after)
         if after.valid is not None:
             q, matrix = jnp.where(after.valid, q, 0.0), jnp.where(after.valid, matrix, 0.0)
@@ -170,10 +171,10 @@ def bryson_frazier(
         lagged = matmul(cross, eye - matmul(matrix, predicted))
         if after.valid is not None:
             lagged = jnp.where(after.valid, lagged, smoothed)
-        return (mean + matvec(cross, q), smoothed, lagged), None
+        return (mean + (low + matvec(cross, q)), smoothed, lagged), None
 
     later = over_time(lambda field, rank: field[1:], model)
-    parts = (filtered.mean, filtered.cov, covs)
+    parts = (filtered.mean, filtered.low, filtered.cov, covs)
     earlier = [part[:-1] for part in parts]
     xs = (later, *earlier, costates.vector[1:], costates.matrix[1:])
     (mean, cov, lagged), _ = in_blocks(moments, xs, size)

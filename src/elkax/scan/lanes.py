@@ -117,6 +117,18 @@ def advance(a: Shaped[Array, "n n *lanes_a"], b: Shaped[Array, "n m *lanes_b"]) 
     return near[:, None] * b + change
 
 
+def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    r"""Compute $s = \mathrm{fl}(a + b)$ and what rounding left out, $a + b = s + e$ exactly.
+
+    References:
+        Knuth (1997), The Art of Computer Programming, vol. 2, Sec. 4.2.2.
+    """
+    total = a + b
+    part = total - a
+    rest = (a - (total - part)) + (b - part)
+    return total, jax.lax.stop_gradient(rest)
+
+
 def matvec(a: Shaped[Array, "n k *lanes_a"], x: Shaped[Array, "k *lanes_x"]) -> Array:
     r"""Compute $Ax$ in every lane, shape (n, lanes)."""
     a, x = align(a, 2, x, 1)

@@ -21,12 +21,14 @@ class OnlineState(NamedTuple):
         covariance: its covariance (D, D), or with `form="square_root"` the lower factor.
         marginal_loglik: $\log p(y_{1:t})$.
         time: number of emissions taken in, an integer scalar.
+        low: (D,) what rounding left out of the mean.
     """
 
     mean: Array
     covariance: Array
     marginal_loglik: Array
     time: Array
+    low: Array
 
 
 def lgssm_online_start(params: ParamsLGSSM, *, form: str = "covariance") -> OnlineState:
@@ -52,6 +54,7 @@ def lgssm_online_start(params: ParamsLGSSM, *, form: str = "covariance") -> Onli
         stored.encode(cov.astype(dtype)),
         jnp.zeros((), dtype),
         jnp.zeros((), jnp.int32),
+        jnp.zeros(mean.shape, dtype),
     )
 
 
@@ -89,11 +92,11 @@ def lgssm_online_step(
     model = _here(encode_model(problem.model, stored))._replace(
         initial_mean=state.mean, initial_cov=state.covariance, first=first.astype(state.mean.dtype)
     )
-    before = jnp.where(first, 0.0, state.mean), jnp.where(first, 0.0, state.covariance)
+    before = jnp.where(first, 0.0, state.mean), state.low, jnp.where(first, 0.0, state.covariance)
     kalman = KalmanFilter(model, stored)
-    (mean, cov), output = kalman.step(before, Model(*([None] * len(model))))
+    (mean, low, cov), output = kalman.step(before, Model(*([None] * len(model))))
     density = poison(log_density(output, model.observed), problem.finite)
-    return OnlineState(mean, cov, state.marginal_loglik + density, state.time + 1)
+    return OnlineState(mean, cov, state.marginal_loglik + density, state.time + 1, low)
 
 
 def _here(model: Model) -> Model:
