@@ -83,10 +83,16 @@ def dynamax_program(task, *, parallel):
         from dynamax.linear_gaussian_ssm import parallel_inference as library
     else:
         import dynamax.linear_gaussian_ssm as library
+
+    def run(function, params, emissions):
+        # Inputs that it made itself would be float64.
+        inputs = jnp.zeros((emissions.shape[0], 0), emissions.dtype)
+        return function(params, emissions, inputs)
+
     if task == "gradient":
-        return gradient_of(lambda p, y: library.lgssm_filter(p, y).marginal_loglik)
+        return gradient_of(lambda p, y: run(library.lgssm_filter, p, y).marginal_loglik)
     function = library.lgssm_filter if task == "filter" else library.lgssm_smoother
-    return lambda params, emissions: moments(function(params, emissions), task)
+    return lambda params, emissions: moments(run(function, params, emissions), task)
 
 
 def cuthbert_program(task):

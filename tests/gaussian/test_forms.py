@@ -26,6 +26,26 @@ def test_predict(form, rank):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_reverse(form, rank):
+    """The step turned around, for regular and singular noise, in lanes as everywhere else."""
+    weights = np.random.default_rng(5).normal(size=(3, 3))
+    p, q = semidefinite(3, 3, 0), semidefinite(3, rank, 1)
+    lanes = (jnp.stack([m, 2 * m], -1) for m in (p, q))
+    stored = [form.encode(m) for m in lanes]
+    gain, rest, regular = jax.jit(form.reverse)(jnp.asarray(weights), *stored)
+    assert np.all(regular)
+    expected = p @ weights.T @ np.linalg.inv(weights @ p @ weights.T + q)
+    conditional = p - expected @ weights @ p
+    for lane in (0, 1):
+        np.testing.assert_allclose(gain[..., lane], expected, rtol=1e-9, atol=1e-11)
+        cov = form.decode(rest)[..., lane]
+        np.testing.assert_allclose(cov, (1 + lane) * conditional, atol=1e-11)
+    singular = [form.encode(jnp.zeros((3, 3, 1)))] * 2
+    assert not np.any(jax.jit(form.reverse)(jnp.asarray(weights), *singular)[2])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("size", [1, 4, 9])
 @pytest.mark.parametrize("variance", [0.0, 0.3])
 def test_update_with_one_scalar(form, size, variance):

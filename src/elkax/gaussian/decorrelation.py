@@ -11,11 +11,13 @@ from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes
 
 def decorrelate(
     rows: Array, cov: Array, values: Array, observed: Array
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array]:
     r"""Turn correlated measurements into uncorrelated ones.
 
     With $R = L\,\mathrm{diag}(r)L^\top$ over the observed entries, L unit lower:
-    $y \leftarrow L^{-1}y$, $H \leftarrow L^{-1}H$, errors with variances r. Singular R is allowed.
+    $y \leftarrow L^{-1}y$, $H \leftarrow L^{-1}H$, errors with variances r. Singular R is allowed:
+    measurements without error come last, where no multiplier is divided by their zero pivots, so
+    that the factor has a derivative.
 
     Args:
         rows: $H$ (N, D) or (T, N, D).
@@ -24,17 +26,21 @@ def decorrelate(
         observed: (T, N).
 
     Returns:
-        New rows, variances and values. They vary in time if R or H does, or if some rows may be
-        partly missing.
+        New rows, variances, values, and which are observed, in the new order. They vary in time if
+        R or H does, or if some rows may be partly missing.
     """
     if cov.shape[-1] == 1:
-        return rows, cov[..., 0], values
+        return rows, cov[..., 0], values, observed
+    exact = jnp.diagonal(cov, axis1=-2, axis2=-1) == 0
+    if isinstance(exact, jax.core.Tracer) or bool(exact.any()):
+        order = jnp.argsort(exact, axis=-1, stable=True)
+        rows, cov, values, observed = _reorder(order, rows, cov, values, observed)
     # A row that is missing as a whole needs no factor of its own.
     whole = observed.all(1) | ~observed.any(1)
     if cov.ndim == 3:
-        return _decorrelate_each(rows, cov, values, observed)
+        return *_decorrelate_each(rows, cov, values, observed), observed
     if not isinstance(whole, jax.core.Tracer) and bool(whole.all()):
-        return _decorrelate_alike(rows, cov, values)
+        return *_decorrelate_alike(rows, cov, values), observed
 
     def alike() -> tuple[Array, Array, Array]:
         new_rows, variances, new_values = _decorrelate_alike(rows, cov, values)
@@ -45,7 +51,25 @@ def decorrelate(
             new_values,
         )
 
-    return where_sound(whole, alike, lambda: _decorrelate_each(rows, cov, values, observed))
+    new = where_sound(whole, alike, lambda: _decorrelate_each(rows, cov, values, observed))
+    return *new, observed
+
+
+def _reorder(
+    order: Array, rows: Array, cov: Array, values: Array, observed: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Put measurements into an order, (N,) or (T, N)."""
+    if order.ndim == 1:
+        cov = cov[order][:, order]
+        return jnp.take(rows, order, axis=-2), cov, values[:, order], observed[:, order]
+    rows = jnp.broadcast_to(rows, (len(order), *rows.shape[-2:]))
+    cov = jnp.take_along_axis(cov, order[:, :, None], axis=1)
+    return (
+        jnp.take_along_axis(rows, order[:, :, None], axis=1),
+        jnp.take_along_axis(cov, order[:, None, :], axis=2),
+        jnp.take_along_axis(values, order, axis=1),
+        jnp.take_along_axis(observed, order, axis=1),
+    )
 
 
 def _decorrelate_alike(rows: Array, cov: Array, values: Array) -> tuple[Array, Array, Array]:

@@ -288,9 +288,9 @@ def _assemble(
     residual = jnp.where(observed, emissions - shift, 0.0)
     parts = (initial.mean, initial.cov, *moving.values(), h, shift, r)
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in parts]))
-    rows, variances, values = h, r, residual
+    rows, variances, values, used = h, r, residual, observed
     if full:
-        rows, variances, values = decorrelate(h, r, residual, observed)
+        rows, variances, values, used = decorrelate(h, r, residual, observed)
     model = Model(
         initial_mean=initial.mean,
         initial_cov=initial.cov,
@@ -298,7 +298,7 @@ def _assemble(
         rows=rows,
         variances=variances,
         values=values,
-        observed=observed,
+        observed=used,
         first=(jnp.arange(length) == 0).astype(emissions.dtype),
         valid=valid,
     )
