@@ -36,8 +36,8 @@ def choose(
         The backend that the library uses when `backend=None`.
     """
     platform = platform or jax.default_backend()
-    # The nearest power of two to the square root of T.
-    num_blocks = 2 ** round(math.log2(num_timesteps) / 2)
+    # The power of two next above the square root of T.
+    num_blocks = 2 ** math.ceil(math.log2(num_timesteps) / 2)
     if platform == "cpu":
         if recurrence == "kalman" and state_dim <= 8 and num_timesteps >= 512:
             return Blocked(min(num_blocks, 256))
