@@ -1,7 +1,7 @@
 """What a linearizer makes of one time step."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array
 
@@ -30,7 +30,7 @@ class Linearizer(Protocol):
     linearizer is hashable, so that it can be a static argument of a jitted function.
     """
 
-    uses_covariance: bool
+    uses_covariance: ClassVar[bool]
 
     def __call__(self, function: Function, mean: Array, cov: Array | None) -> Affine:
         """Linearize `function`, (D,) to (n,), about $N(m, P)$.
@@ -42,9 +42,22 @@ class Linearizer(Protocol):
         """
         ...
 
-    def expect(self, function: Function, mean: Array, cov: Array | None) -> Array:
+    def expect(
+        self,
+        function: Function,
+        mean: Array,
+        cov: Array | None,
+        *,
+        semidefinite: bool = False,
+    ) -> Array:
         """Approximate the expectation of a function, of any output shape, over $N(m, P)$.
 
         For a function (D,) to (n,) it equals $Am + b$ of its linearization.
+
+        Args:
+            function: of the state.
+            mean: $m$ (D,).
+            cov: $P$ (D, D), possibly singular; not read, and None, unless `uses_covariance`.
+            semidefinite: whether semi-definite matrices must have a semi-definite expectation.
         """
         ...

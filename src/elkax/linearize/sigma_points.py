@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from elkax.gaussian.factor import psd_cholesky, solve_lower
@@ -61,9 +62,26 @@ class SigmaPoints:
         omega = matmul(columns.T, columns) + rule.spread * outer(shift, shift)
         return Affine(gain, centre + shift - matvec(gain, mean), omega)
 
-    def expect(self, function: Function, mean: Array, cov: Array | None) -> Array:
-        """Average a function; see `Linearizer`."""
+    def expect(
+        self,
+        function: Function,
+        mean: Array,
+        cov: Array | None,
+        *,
+        semidefinite: bool = False,
+    ) -> Array:
+        """Average a function; see `Linearizer`.
+
+        Raises:
+            ValueError: if the average must be semi-definite and the central weight is negative.
+        """
         rule = self.rule(mean.shape[0])
+        # Equal to one up to rounding for rules without a central point.
+        if semidefinite and np.sum(rule.weights) > 1 + 1e-6:
+            raise ValueError(
+                "an average of covariances needs a rule whose central weight is not negative, "
+                f"such as Cubature(), got {self.rule} with D = {mean.shape[0]}"
+            )
         points = jnp.asarray(rule.points, mean.dtype)
         weights = jnp.asarray(rule.weights, mean.dtype)
         centre = function(mean)

@@ -29,7 +29,14 @@ class Taylor:
         weights = jax.jacfwd(function)(mean)
         return Affine(weights, function(mean) - matvec(weights, mean), None)
 
-    def expect(self, function: Function, mean: Array, cov: Array | None) -> Array:
+    def expect(
+        self,
+        function: Function,
+        mean: Array,
+        cov: Array | None,
+        *,
+        semidefinite: bool = False,
+    ) -> Array:
         """Evaluate a function at the mean; see `Linearizer`."""
-        del cov
+        del cov, semidefinite
         return function(mean)
