@@ -43,8 +43,14 @@ PARAMS = gaussian_params(
 )
 EMISSIONS = jnp.asarray(simulate(PARAMS, T, 1)[1])
 INPUTS = jnp.asarray(np.random.default_rng(2).normal(size=(T, 1)))
-DRIVEN = PARAMS._replace(dynamics_function=swing_pushed, emission_function=look_shifted)
 VARYING = 1 + 0.5 * np.cos(np.arange(T))[:, None, None]
+DRIVEN = PARAMS._replace(
+    dynamics_function=swing_pushed,
+    emission_function=look_shifted,
+    dynamics_covariance=PARAMS.dynamics_covariance * VARYING,
+    emission_covariance=PARAMS.emission_covariance * VARYING,
+)
+SCALAR = gaussian_params([0.5], [[0.4]], jnp.sin, [[0.1]], jnp.tanh, [[0.1]])
 GENERAL = ParamsGGSSM(
     *PARAMS[:4],
     emission_mean_function=look,
@@ -54,6 +60,13 @@ GENERAL = ParamsGGSSM(
 
 def compiled(function):
     return jax.jit(function, compiler_options=FAST_COMPILE)
+
+
+@cache
+def jitted(name, params_name, **options):
+    """One of our functions with parameters from this file, of emissions and inputs."""
+    function, params = getattr(elkax, name), globals()[params_name]
+    return compiled(lambda y, u=None: function(params, emissions=y, inputs=u, **options))
 
 
 def agree(ours, theirs, skip=()):
@@ -67,48 +80,47 @@ def agree(ours, theirs, skip=()):
 
 
 def test_extended_filter_is_dynamax():
-    """Positional arguments in its order, and every field, predicted moments included."""
-    ours = elkax.extended_kalman_filter(PARAMS, EMISSIONS)
+    """Every field, predicted moments included, and its positional arguments."""
+    ours = jitted("extended_kalman_filter", "PARAMS")(EMISSIONS)
     agree(ours, compiled(partial(dynamax_nonlinear.extended_kalman_filter, PARAMS))(EMISSIONS))
     fields = ["filtered_means"]
-    some = elkax.extended_kalman_filter(PARAMS, EMISSIONS, None, 1, fields)
+    some = compiled(lambda y: elkax.extended_kalman_filter(PARAMS, y, None, 1, fields))(EMISSIONS)
     assert some.filtered_covariances is None and some.predicted_means is None
+    np.testing.assert_allclose(some.filtered_means, ours.filtered_means, rtol=1e-12)
 
 
 def test_extended_smoother_is_dynamax():
-    ours = elkax.extended_kalman_smoother(PARAMS, EMISSIONS)
+    """With its own filter, and with a filtered posterior that is given."""
+    ours = jitted("extended_kalman_smoother", "PARAMS")(EMISSIONS)
     theirs = compiled(partial(dynamax_nonlinear.extended_kalman_smoother, PARAMS))(EMISSIONS)
     agree(ours, theirs)
-    given = elkax.extended_kalman_filter(PARAMS, EMISSIONS)
-    again = elkax.extended_kalman_smoother(PARAMS, EMISSIONS, given)
+    given = jitted("extended_kalman_filter", "PARAMS")(EMISSIONS)
+    again = compiled(partial(elkax.extended_kalman_smoother, PARAMS))(EMISSIONS, given)
     for actual, expected in zip(again, ours, strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_inputs_and_time_varying_noise_are_dynamax():
     """Inputs and covariances at t belong to the step into z_t."""
-    params = DRIVEN._replace(
-        dynamics_covariance=PARAMS.dynamics_covariance * VARYING,
-        emission_covariance=PARAMS.emission_covariance * VARYING,
-    )
-    ours = elkax.extended_kalman_smoother(params, EMISSIONS, None, INPUTS)
-    theirs = compiled(lambda y, u: dynamax_nonlinear.extended_kalman_smoother(params, y, inputs=u))(
+    ours = jitted("extended_kalman_smoother", "DRIVEN")(EMISSIONS, INPUTS)
+    theirs = compiled(lambda y, u: dynamax_nonlinear.extended_kalman_smoother(DRIVEN, y, inputs=u))(
         EMISSIONS, INPUTS
     )
     agree(ours, theirs)
-    filtered = elkax.extended_kalman_filter(params, EMISSIONS, INPUTS)
+    filtered = jitted("extended_kalman_filter", "DRIVEN")(EMISSIONS, INPUTS)
     assert filtered.predicted_means.shape == (T - 1, 2)
 
 
 @pytest.mark.parametrize("hyperparams", [UKFHyperParams(), UKFHyperParams(0.8, 1.5, 1.0)])
 def test_unscented_is_dynamax(hyperparams):
     """Without inputs, where its smoother has the inputs one step late."""
-    ours = elkax.unscented_kalman_filter(PARAMS, EMISSIONS, hyperparams)
-    call = partial(dynamax_nonlinear.unscented_kalman_filter, PARAMS, hyperparams=hyperparams)
-    agree(ours, compiled(call)(EMISSIONS))
-    ours = elkax.unscented_kalman_smoother(PARAMS, EMISSIONS, hyperparams)
     call = partial(dynamax_nonlinear.unscented_kalman_smoother, PARAMS, hyperparams=hyperparams)
+    ours = compiled(lambda y: elkax.unscented_kalman_smoother(PARAMS, y, hyperparams))(EMISSIONS)
     agree(ours, compiled(call)(EMISSIONS))
+    if hyperparams.beta == 2:
+        call = partial(dynamax_nonlinear.unscented_kalman_filter, PARAMS, hyperparams=hyperparams)
+        ours = compiled(lambda y: elkax.unscented_kalman_filter(PARAMS, y, hyperparams))(EMISSIONS)
+        agree(ours, compiled(call)(EMISSIONS))
 
 
 INTEGRALS = [EKFIntegrals(), UKFIntegrals(), GHKFIntegrals(order=5)]
@@ -118,21 +130,26 @@ INTEGRALS = [EKFIntegrals(), UKFIntegrals(), GHKFIntegrals(order=5)]
 def test_conditional_moments_are_dynamax(integrals):
     """A covariance that depends on the state, through each of its integrals."""
     call = partial(dynamax_general.conditional_moments_gaussian_smoother, GENERAL, integrals)
-    ours = elkax.conditional_moments_gaussian_smoother(GENERAL, integrals, EMISSIONS)
+    ours = compiled(lambda y: elkax.conditional_moments_gaussian_smoother(GENERAL, integrals, y))(
+        EMISSIONS
+    )
     agree(ours, compiled(call)(EMISSIONS))
-    filtered = elkax.conditional_moments_gaussian_filter(GENERAL, integrals, EMISSIONS)
-    np.testing.assert_allclose(filtered.marginal_loglik, ours.marginal_loglik, rtol=1e-12)
 
 
 def test_sigma_point_names():
     """Cubature is unscented with (1, 0, 0); Gauss-Hermite of order 3 with one state has kappa 2."""
-    cubature = elkax.cubature_kalman_smoother(PARAMS, EMISSIONS)
-    same = elkax.unscented_kalman_smoother(PARAMS, EMISSIONS, UKFHyperParams(1.0, 0.0, 0.0))
-    np.testing.assert_allclose(cubature.smoothed_means, same.smoothed_means, rtol=1e-12)
-    params = gaussian_params([0.5], [[0.4]], jnp.sin, [[0.1]], jnp.tanh, [[0.1]])
-    hermite = elkax.gauss_hermite_kalman_filter(params, EMISSIONS[:, :1], order=3)
-    same = elkax.unscented_kalman_filter(params, EMISSIONS[:, :1], UKFHyperParams(1.0, 0.0, 2.0))
-    np.testing.assert_allclose(hermite.filtered_means, same.filtered_means, rtol=1e-10)
+
+    def unscented(kappa):
+        hyperparams = UKFHyperParams(1.0, 0.0, kappa)
+        return compiled(lambda y: elkax.unscented_kalman_filter(SCALAR, y, hyperparams))
+
+    emissions = EMISSIONS[:, :1]
+    cubature = jitted("cubature_kalman_filter", "SCALAR")(emissions)
+    expected = unscented(0.0)(emissions)
+    np.testing.assert_allclose(cubature.filtered_means, expected.filtered_means, rtol=1e-12)
+    hermite = jitted("gauss_hermite_kalman_filter", "SCALAR", order=3)(emissions)
+    expected = unscented(2.0)(emissions)
+    np.testing.assert_allclose(hermite.filtered_means, expected.filtered_means, rtol=1e-10)
 
 
 LINEAR_F, LINEAR_H = np.array([[0.9, 0.3], [-0.2, 0.8]]), np.array([[1.0, 0.5], [0.0, 1.0]])
@@ -155,25 +172,33 @@ def linear():
     return params, emissions, dense(arrays, emissions)
 
 
-@pytest.mark.parametrize("linearizer", [elkax.Taylor(), elkax.SigmaPoints()], ids=str)
-@pytest.mark.parametrize("form", ["covariance", "square_root"])
+@pytest.mark.parametrize(
+    "linearizer, form",
+    [(elkax.Taylor(), "covariance"), (elkax.SigmaPoints(), "square_root")],
+    ids=["taylor", "cubature"],
+)
 def test_linear_model_with_missing_entries(linearizer, form):
     params, emissions, expected = linear()
-    ours = elkax.gaussian_smoother(params, emissions, linearizer=linearizer, form=form)
-    check_smoothed(ours, expected)
+    smooth = partial(elkax.gaussian_smoother, params, linearizer=linearizer, form=form)
+    check_smoothed(compiled(smooth)(emissions), expected)
 
 
 @pytest.mark.parametrize("num_iter", [1, 2, 5, 10])
 def test_iterated_update_uses_an_observation_once(num_iter):
     """The variance of a linear model does not fall with the number of iterations."""
     params, emissions, expected = linear()
-    check_filtered(elkax.extended_kalman_filter(params, emissions, None, num_iter), expected)
+    filtered = compiled(lambda y: elkax.extended_kalman_filter(params, y, num_iter=num_iter))(
+        emissions
+    )
+    check_filtered(filtered, expected)
 
 
 def test_iterated_update_finds_the_mode():
     """One emission: the iterated update is Gauss-Newton on its MAP cost."""
     params = gaussian_params([1.0], [[0.5]], lambda z: z, [[1.0]], lambda z: jnp.exp(z), [[0.2]])
-    filtered = elkax.extended_kalman_filter(params, jnp.array([[4.0]]), None, 30)
+    filtered = compiled(lambda y: elkax.extended_kalman_filter(params, y, num_iter=30))(
+        jnp.array([[4.0]])
+    )
     z = np.linspace(0.5, 2.0, 2_000_001)
     cost = (z - 1) ** 2 / 0.5 + (4 - np.exp(z)) ** 2 / 0.2
     np.testing.assert_allclose(filtered.filtered_means[0, 0], z[np.argmin(cost)], atol=1e-6)
@@ -181,10 +206,11 @@ def test_iterated_update_finds_the_mode():
 
 def test_diagonal_emission_covariance():
     """Variances (N,) and (T, N) are those of the full matrix, which dynamax broadcasts wrongly."""
-    full = elkax.extended_kalman_smoother(PARAMS, EMISSIONS)
+    full = jitted("extended_kalman_filter", "PARAMS")(EMISSIONS)
     for R in (jnp.full(2, 0.1), jnp.full((T, 2), 0.1)):
-        ours = elkax.extended_kalman_smoother(PARAMS._replace(emission_covariance=R), EMISSIONS)
-        np.testing.assert_allclose(ours.smoothed_means, full.smoothed_means, rtol=1e-12)
+        params = PARAMS._replace(emission_covariance=R)
+        ours = compiled(partial(elkax.extended_kalman_filter, params))(EMISSIONS)
+        np.testing.assert_allclose(ours.filtered_means, full.filtered_means, rtol=1e-12)
         np.testing.assert_allclose(ours.marginal_loglik, full.marginal_loglik, rtol=1e-12)
 
 
@@ -202,8 +228,10 @@ def test_arrays_may_be_traced():
 
 def test_posterior_draws(key):
     """Means and covariances of many draws are those of the smoother, within sampling error."""
-    smoothed = elkax.extended_kalman_smoother(PARAMS, EMISSIONS)
-    draws = elkax.extended_kalman_posterior_sample(key, PARAMS, EMISSIONS, num_samples=4000)
+    smoothed = jitted("extended_kalman_smoother", "PARAMS")(EMISSIONS)
+    draws = compiled(
+        lambda y: elkax.extended_kalman_posterior_sample(key, PARAMS, y, num_samples=4000)
+    )(EMISSIONS)
     sd = np.sqrt(np.diagonal(smoothed.smoothed_covariances, axis1=1, axis2=2))
     # Five standard errors of a mean, and of a covariance between states of unit variance.
     within(draws.mean(0), np.asarray(smoothed.smoothed_means), 5 * sd / np.sqrt(4000), "means")
@@ -211,8 +239,8 @@ def test_posterior_draws(key):
     cov = np.einsum("sti,stj->tij", centred, centred) / 4000
     expected = np.asarray(smoothed.smoothed_covariances) / (sd[:, :, None] * sd[:, None, :])
     within(cov, expected, 5 * np.sqrt(2 / 4000), "covariances")
-    single = elkax.extended_kalman_posterior_sample(key, PARAMS, EMISSIONS)
-    assert single.shape == (T, 2)
+    single = compiled(lambda y: elkax.extended_kalman_posterior_sample(key, PARAMS, y))
+    assert jax.eval_shape(single, EMISSIONS).shape == (T, 2)
 
 
 WRONG = {

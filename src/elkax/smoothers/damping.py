@@ -43,11 +43,13 @@ class Damping(Protocol):
         """Return the first control from the diagonal of the Hessian (T, D)."""
         ...
 
-    def precision(self, control: Any, hessian: Array) -> Array | None:
-        """Return the precision of the pseudo-observations (T, D), None for none."""
+    def precision(self, control: Any, means: Array) -> Array | None:
+        """Return the precision of the pseudo-observations of `means`, (T, D); None for none."""
         ...
 
-    def judge(self, control: Any, fall: Array, predicted: Array, rounding: Array) -> Verdict:
+    def judge(
+        self, control: Any, fall: Array, predicted: Array, rounding: Array, violated: Array
+    ) -> Verdict:
         """Judge the fractions of a step.
 
         Args:
@@ -55,6 +57,7 @@ class Damping(Protocol):
             fall: by how much the merit falls for every fraction, NaN where it is not finite.
             predicted: by how much the linearized model says it does.
             rounding: what of a fall may be rounding.
+            violated: whether the trajectory violates an exact constraint.
         """
         ...
 
@@ -70,11 +73,13 @@ class GaussNewton:
         """Return nothing; see `Damping`."""
         return None
 
-    def precision(self, control: None, hessian: Array) -> None:
+    def precision(self, control: None, means: Array) -> None:
         """Return no pseudo-observations; see `Damping`."""
         return None
 
-    def judge(self, control: None, fall: Array, predicted: Array, rounding: Array) -> Verdict:
+    def judge(
+        self, control: None, fall: Array, predicted: Array, rounding: Array, violated: Array
+    ) -> Verdict:
         """Take the step; see `Damping`."""
         finite = jnp.isfinite(fall[0])
         return Verdict(jnp.asarray(0), finite, ~finite, None)
@@ -96,19 +101,19 @@ class Strength(NamedTuple):
 
 @dataclass(frozen=True)
 class LevenbergMarquardt:
-    r"""Pseudo-observations of precision $\lambda D$, $\lambda$ set by the gain ratio.
+    r"""Pseudo-observations of precision $\lambda d$, $\lambda$ set by the gain ratio.
 
-    A step is accepted if the merit falls. With $\rho$ the fall divided by that of the linearized
-    model, an accepted step multiplies $\lambda$ by $\max(\tfrac13, 1 - (2\rho - 1)^3)$, rejections
-    in a row multiply it by 2, 4, 8, ...
+    d is the largest entry of the Hessian's diagonal at the start, the same for all states: scaling
+    by the diagonal itself took longer, or to worse minima, where neighbouring states nearly
+    determine each other. A step is accepted if the merit falls. With $\rho$ the fall divided by
+    that of the linearized model, an accepted step multiplies $\lambda$ by
+    $\max(\tfrac13, 1 - (2\rho - 1)^3)$, rejections in a row multiply it by 2, 4, 8, ...
 
     Args:
-        initial: first $\lambda$; relative, because D has the size of the Hessian's diagonal.
-        second_order: add the second derivatives of f and h to $\lambda D$, eigenvalues that come
+        initial: first $\lambda$; relative, because d has the size of the Hessian.
+        second_order: add the second derivatives of f and h to $\lambda d$, eigenvalues that come
             out negative left out. Without them an iteration with large residuals needs a damping
             that never goes away, and hundreds of steps. For `Taylor()` only.
-        scaled: D is the diagonal of the Hessian at every step, rather than its largest entry at
-            the start for all states.
         largest: $\lambda$ at which the iteration has stalled.
 
     References:
@@ -117,35 +122,41 @@ class LevenbergMarquardt:
 
     initial: float = 1.0
     second_order: bool = True
-    scaled: bool = False
     largest: float = 1e14
-    fractions: ClassVar[tuple[float, ...]] = (1.0,)
+    # Every damped step meets the linearized constraints in full, so that damping does not make it
+    # short: where it goes too far along them, a part of it is taken.
+    fractions: ClassVar[tuple[float, ...]] = (1.0, 0.3, 0.1, 0.03, 0.01)
 
     def start(self, hessian: Array) -> Strength:
         """Return the first strength; see `Damping`."""
         initial = jnp.asarray(self.initial, hessian.dtype)
-        return Strength(initial, jnp.asarray(2.0, hessian.dtype), jnp.max(hessian))
+        largest = jnp.max(hessian)
+        reference = jnp.where(largest > 0, largest, 1.0)
+        return Strength(initial, jnp.asarray(2.0, hessian.dtype), reference)
 
-    def precision(self, control: Strength, hessian: Array) -> Array:
-        r"""Return $\lambda D$; see `Damping`."""
-        scale = hessian if self.scaled else jnp.broadcast_to(control.reference, hessian.shape)
-        return control.value * scale
+    def precision(self, control: Strength, means: Array) -> Array:
+        r"""Return $\lambda d$; see `Damping`."""
+        return jnp.broadcast_to(control.value * control.reference, means.shape)
 
-    def judge(self, control: Strength, fall: Array, predicted: Array, rounding: Array) -> Verdict:
+    def judge(
+        self, control: Strength, fall: Array, predicted: Array, rounding: Array, violated: Array
+    ) -> Verdict:
         """Compare the fall with the predicted one; see `Damping`."""
         trusted = (jnp.abs(predicted[0]) <= rounding) & (fall[0] >= -rounding)
         accepted = trusted | ((fall[0] > 0) & (predicted[0] > 0))
+        parts = violated & (fall > 0) & (fall >= 1e-4 * predicted)
+        partly = ~accepted & jnp.any(parts)
         ratio = jnp.where(trusted, 1.0, fall[0] / jnp.where(predicted[0] > 0, predicted[0], 1.0))
         # Bounded before the cube, which would overflow for a step far better than predicted.
         shrink = jnp.maximum(1 / 3, 1.0 - (2.0 * jnp.clip(ratio, 0.0, 2.0) - 1.0) ** 3)
-        factor = jnp.where(accepted, shrink, control.growth)
+        factor = jnp.where(accepted, shrink, jnp.where(partly, 1.0, control.growth))
         least = jnp.finfo(fall.dtype).eps ** 1.25
         value = jnp.maximum(control.value * factor, least)
+        choice = jnp.where(accepted, 0, jnp.argmax(parts))
+        accepted = accepted | partly
         growth = jnp.where(accepted, 2.0, 2.0 * control.growth)
         stalled = ~accepted & (value > self.largest)
-        return Verdict(
-            jnp.asarray(0), accepted, stalled, Strength(value, growth, control.reference)
-        )
+        return Verdict(choice, accepted, stalled, Strength(value, growth, control.reference))
 
 
 @dataclass(frozen=True)
@@ -173,11 +184,13 @@ class LineSearch:
         """Return nothing; see `Damping`."""
         return None
 
-    def precision(self, control: None, hessian: Array) -> None:
+    def precision(self, control: None, means: Array) -> None:
         """Return no pseudo-observations; see `Damping`."""
         return None
 
-    def judge(self, control: None, fall: Array, predicted: Array, rounding: Array) -> Verdict:
+    def judge(
+        self, control: None, fall: Array, predicted: Array, rounding: Array, violated: Array
+    ) -> Verdict:
         """Find the longest fraction that pays; see `Damping`."""
         trusted = (jnp.abs(predicted) <= rounding) & (fall >= -rounding)
         good = trusted | ((fall > 0) & (fall >= self.sufficient * predicted))

@@ -27,8 +27,10 @@ class Record(NamedTuple):
 
     Attributes:
         cost: of the trajectory after it; see `Info`.
-        damping: largest precision of a pseudo-observation, relative to the Hessian's diagonal.
-        step: largest undamped step, in conditional standard deviations.
+        damping: largest precision of a pseudo-observation, relative to that of the posterior.
+        step: largest step of a state in its posterior standard deviations, as it would be without
+            damping. Where the linearizer uses covariances, or the largest relative change of one of
+            them, or what the damping makes of it.
         accepted: whether the step was taken.
         constraint_residual: sum of the violations of exact constraints.
     """
@@ -114,18 +116,16 @@ def advance(solver: Solver, point: Point) -> tuple[Point, Progress]:
     means, covs = point.means, point.covs
     linearized = linearize(system, data, linearizer, means, covs)
     before = measure(system, data, linearizer, linearized, means, covs)
-    hessian = scale_of_steps(linearized, means)
-    precision = damping.precision(point.control, hessian)
+    precision = damping.precision(point.control, means)
     curvature = None
     if damping.second_order and not linearizer.uses_covariance:
         curvature = second_order(system, data, linearizer, linearized, means)
     model = _damped(linearized, means, precision, curvature)
     smoothed = filter_and_smooth(model, form, backend).smoothed
     step = smoothed.mean - means
-    size, relative = _step_size(step, hessian, precision)
+    size, relative = _step_size(step, means, smoothed.cov, precision)
     if covs is not None:
         size = jnp.maximum(size, jnp.maximum(relative, _change_of_covs(covs, smoothed.cov)))
-
     fractions = jnp.asarray(damping.fractions, means.dtype)
     compare = partial(_compare, solver, linearized, before, point, step)
     falls, predictions, violations = jax.vmap(compare)(fractions)
@@ -138,10 +138,17 @@ def advance(solver: Solver, point: Point) -> tuple[Point, Progress]:
     cost = before.cost()
     eps = jnp.finfo(means.dtype).eps * (1.0 + jnp.abs(cost))
     predicted = predictions + penalty * expected
-    verdict = damping.judge(point.control, falls + penalty * gone, predicted, 256 * eps)
+    falls_of_merit = falls + penalty * gone
+    # Beyond rounding: a state is at most as large as its prediction and its error together.
+    violated = before.violation() > jnp.finfo(means.dtype).eps * jnp.sum(jnp.abs(means))
+    verdict = damping.judge(point.control, falls_of_merit, predicted, 256 * eps, violated)
     taken = verdict.choice
     finite = jnp.isfinite(cost) & jnp.all(jnp.isfinite(linearized.model.weights))
     accepted = verdict.accepted & finite
+    worth = (1.0 + relative) * jnp.abs(predicted[0])
+    # Slow convergence still shrinks the step; rounding does not.
+    settled = (worth <= 0.25 * eps) & (size >= 0.5 * point.step)
+    settled = settled | ((worth <= 256 * eps) & (size >= point.step))
     moved = means + fractions[taken] * step
     new = Point(
         jnp.where(accepted, moved, means),
@@ -155,8 +162,7 @@ def advance(solver: Solver, point: Point) -> tuple[Point, Progress]:
         finite=finite & ~(verdict.stalled & ~jnp.isfinite(falls[taken])),
         step=size,
         change=jnp.abs(fall) / (1.0 + jnp.abs(cost)),
-        settled=((1.0 + relative) * jnp.abs(predicted[0]) <= 0.25 * eps)
-        & (size >= 0.5 * point.step),
+        settled=settled,
         stalled=verdict.stalled,
         record=Record(
             cost - fall,
@@ -167,18 +173,6 @@ def advance(solver: Solver, point: Point) -> tuple[Point, Progress]:
         ),
     )
     return new, progress
-
-
-def scale_of_steps(linearized: Linearized, means: Array) -> Array:
-    """Return the diagonal of the Hessian (T, D), bounded from below where nothing has noise.
-
-    Adds one over the square of the largest state, so that a step is also measured against that.
-    """
-    largest = jnp.max(jnp.abs(means), axis=0)
-    diagonal = hessian_diagonal(linearized)
-    diagonal = diagonal + jnp.where(largest > 0, 1.0 / jnp.where(largest > 0, largest, 1.0) ** 2, 0)
-    floor = jnp.finfo(means.dtype).eps * jnp.max(diagonal)
-    return jnp.maximum(diagonal, jnp.where(floor > 0, floor, 1.0))
 
 
 def _damped(
@@ -194,20 +188,32 @@ def _damped(
     return damp(linearized.model, means, curvature)
 
 
-def _step_size(step: Array, hessian: Array, precision: Array | None) -> tuple[Array, Array]:
-    """Return the largest undamped step in conditional standard deviations, and the damping."""
-    root = jnp.sqrt(hessian)
-    if precision is None:
-        return jnp.max(jnp.abs(step) * root), jnp.zeros((), step.dtype)
-    relative = precision / hessian
-    return jnp.max(jnp.abs(step) * root * (1.0 + relative)), jnp.max(relative)
+def _step_size(
+    step: Array, means: Array, covs: Array, precision: Array | None
+) -> tuple[Array, Array]:
+    r"""Return the largest step in posterior standard deviations, and the largest damping.
+
+    A state with the precision h takes the step p and has the variance $v = 1/(h + \pi)$ when it is
+    damped by $\pi$. Without damping the step would be $p(h + \pi)/h$, and $\pi/h$ is
+    $\pi v/(1 - \pi v)$.
+    """
+    variances = jnp.diagonal(covs, axis1=1, axis2=2)
+    eps = jnp.finfo(step.dtype).eps
+    # States that are known exactly are measured against their size.
+    floor = jnp.sqrt(eps) * jnp.max(means**2, axis=0)
+    share = jnp.zeros_like(step)
+    if precision is not None:
+        share = jnp.clip(precision * variances, 0.0, 1.0 - eps)
+    square = step**2 / jnp.maximum((variances + floor) * (1.0 - share), jnp.finfo(step.dtype).tiny)
+    return jnp.sqrt(jnp.max(square)), jnp.max(share / (1.0 - share))
 
 
 def _change_of_covs(old: Array, new: Array) -> Array:
     """Return the largest change of a covariance, relative to the standard deviations."""
     sd = jnp.sqrt(jnp.maximum(jnp.diagonal(new, axis1=1, axis2=2), 0.0))
     scale = sd[:, :, None] * sd[:, None, :]
-    return jnp.max(jnp.where(scale > 0, jnp.abs(new - old) / jnp.where(scale > 0, scale, 1.0), 0.0))
+    safe = jnp.where(scale > 0, scale, 1.0)
+    return jnp.max(jnp.where(scale > 0, jnp.abs(new - old) / safe, 0.0))
 
 
 def _compare(
@@ -258,7 +264,7 @@ def _solve(
     history: int,
 ) -> Solution:
     solver = Solver(system, data, linearizer, damping, form, backend)
-    hessian = scale_of_steps(linearize(system, data, linearizer, means, covs), means)
+    hessian = hessian_diagonal(linearize(system, data, linearizer, means, covs))
     zero = jnp.zeros((), means.dtype)
     start = Point(means, covs, damping.start(hessian), zero, jnp.full((), jnp.inf, means.dtype))
     point, outcome = iterate(
@@ -325,9 +331,8 @@ def iterated_smoother(
         linearizer: `Taylor()` or `SigmaPoints(rule)`.
         damping: `LevenbergMarquardt()`, `LineSearch()` or `GaussNewton()`, which is none.
         max_iters: most iterations, 0 or more.
-        tolerance: when the largest undamped step, in conditional standard deviations, and the
-            relative change of the cost are this small, the iteration has converged. By default the
-            square root of the precision of the dtype.
+        tolerance: when the step (see `Record`) and the relative change of the cost are this small,
+            the iteration has converged. By default the square root of the precision of the dtype.
         start: where to linearize first. None for a pass of the filter and smoother, "prior" for
             the initial mean carried forward by f, a trajectory (T, D), one state (D,) for all
             times, or a smoothed posterior.
