@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from elkax.linearize.affine import Affine, Linearizer
 from elkax.linearize.curvature import ClippedHessian, Curvature
-from elkax.scan.lanes import matvec
+from elkax.scan.lanes import matmul, matvec
 
 Residual = Callable[[Array, Array], Array]
 
@@ -177,7 +177,8 @@ class DensityEmission:
     $\log p(y \mid z)$ at m, averaged over $N(m, P)$ by a linearizer that uses it: D observations
     $U^\top z$ with the values $U^\top m + \lambda^{-1}U^\top g$ and the variances $1/\lambda$.
     Their gradient at m is g, so a fixed point of the iterated smoother does not depend on the
-    curvature.
+    curvature. The factor between the likelihood and the Gaussian is that of the averages of their
+    logarithms: where the dynamics are linear, averages make the log-likelihood a lower bound.
 
     Args:
         distribution: (z) or (z, u) to a distribution over the N entries of y, independent (a batch
@@ -224,7 +225,9 @@ class DensityEmission:
         observed = jnp.broadcast_to(jnp.any(datum.observed) & ~nothing, mean.shape)
         rows = vectors.T
         shift, moved = matvec(rows, gradient) / values, matvec(rows, mean)
-        gaussian = 0.5 * jnp.sum(jnp.log(values / (2 * jnp.pi)) - values * shift * shift)
+        spread = 0.0 if cov is None else jnp.sum(matmul(rows, cov) * rows, axis=1)
+        squares = values * (shift * shift + spread)
+        gaussian = 0.5 * jnp.sum(jnp.log(values / (2 * jnp.pi)) - squares)
         centre = linearizer.expect(log_density, mean, cov)
         log_scale = jnp.where(observed[0], centre - gaussian, 0.0)
         return Observation(rows, moved + shift, 1.0 / values, observed, log_scale)
