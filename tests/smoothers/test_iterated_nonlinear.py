@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dynamax.linear_gaussian_ssm import PosteriorGSSMSmoothed
 from scipy.optimize import minimize
 
 import elkax
@@ -260,19 +261,24 @@ def test_coordinated_turn_from_any_start():
 
 
 def test_sigma_points_arrive_at_their_own_fixed_point():
-    """Damped, from a trajectory: regressing once more at the result, undamped, gives it back."""
+    """From a trajectory without covariances; starting at the result gives it back."""
 
-    def smooth(y, start):
-        options = {"linearizer": SigmaPoints(), "backend": elkax.Sequential()}
-        first = elkax.iterated_smoother(SWING, y, start=start, max_iters=100, **options)
-        again = elkax.iterated_smoother(
-            SWING, y, start=first.posterior, damping=GaussNewton(), max_iters=0, **options
+    @compiled
+    def smooth(y, means, covs):
+        start = PosteriorGSSMSmoothed(jnp.zeros(()), means, covs, means, covs)
+        return elkax.iterated_smoother(
+            SWING,
+            y,
+            start=start,
+            max_iters=100,
+            linearizer=SigmaPoints(),
+            backend=elkax.Sequential(),
         )
-        return first, again
 
-    first, again = compiled(smooth)(EMISSIONS, START)
+    first = smooth(EMISSIONS, START, jnp.zeros((T, 2, 2)))
     assert first.info.status == Status.CONVERGED
     within(first.posterior.smoothed_means, np.asarray(first.trajectory), 1e-6, "means")
+    again = smooth(EMISSIONS, first.posterior.smoothed_means, first.posterior.smoothed_covariances)
     for one, other in zip(first.posterior, again.posterior, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 

@@ -137,8 +137,7 @@ def prepare_system(
         "initial_covariance": params.initial_covariance,
         "dynamics_covariance": params.dynamics_covariance,
     }
-    has_noise = isinstance(params, ParamsNLGSSM)
-    if has_noise:
+    if isinstance(params, ParamsNLGSSM):
         arrays["emission_covariance"] = params.emission_covariance
     arrays = {name: real_array(f"params.{name}", value) for name, value in arrays.items()}
     if inputs is not None:
@@ -216,7 +215,7 @@ def _check_functions(system: System, data: Data) -> None:
             raise TypeError(f"params.{name} must be a function of {arguments}, got {function!r}")
         try:
             shape = jnp.shape(jax.eval_shape(lambda z: call(function, z, inputs), state))
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise TypeError(
                 f"params.{name} must be a function of {arguments} that returns an array of shape "
                 f"{expected}: {error}"
