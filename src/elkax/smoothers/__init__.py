@@ -1,9 +1,10 @@
 """Whole-sequence filters and smoothers under dynamax's names and types."""
 
 from elkax.smoothers.damping import Damping, GaussNewton, LevenbergMarquardt, LineSearch
+from elkax.smoothers.descent import Record
 from elkax.smoothers.forecasting import Forecast, lgssm_forecast
 from elkax.smoothers.initial import ExactDiffuse, Stationary
-from elkax.smoothers.iterated import Info, Record, Solution, iterated_smoother
+from elkax.smoothers.iterated import Info, Solution, iterated_smoother
 from elkax.smoothers.iteration import Status
 from elkax.smoothers.linear import lgssm_filter, lgssm_marginal_log_prob, lgssm_smoother
 from elkax.smoothers.nonlinear_filters import (
