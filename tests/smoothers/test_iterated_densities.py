@@ -51,7 +51,6 @@ OUTLIER = RNG.normal(size=(T, 1)) * 0.4
 OUTLIER[3] = 4.0
 CASES = {
     "poisson": (poisson, ClippedHessian(), RNG.poisson(2.0, (T, 2)).astype(float)),
-    "poisson, scored": (poisson, Fisher(), RNG.poisson(2.0, (T, 2)).astype(float)),
     "bernoulli": (bernoulli, ClippedHessian(), RNG.binomial(1, 0.6, (T, 1)).astype(float)),
     "categorical": (categorical, ClippedHessian(), RNG.integers(0, 3, (T, 1)).astype(float)),
     "negative binomial": (negative_binomial, Fisher(), RNG.poisson(4.0, (T, 1)).astype(float)),

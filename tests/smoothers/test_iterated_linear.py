@@ -14,11 +14,9 @@ from elkax import (
     GaussHermite,
     GaussNewton,
     LevenbergMarquardt,
-    LineSearch,
     SigmaPoints,
     Status,
     Taylor,
-    Unscented,
 )
 from oracles import dense, model_arrays
 from problems import make_params
@@ -44,14 +42,12 @@ PROBLEMS = {
 LINEARIZERS = {
     "taylor": Taylor(),
     "cubature": SigmaPoints(Cubature()),
-    "unscented": SigmaPoints(Unscented()),
     "gauss_hermite": SigmaPoints(GaussHermite(3)),
 }
 # Every linearizer, backend and form, but not every combination: compiling is what takes the time.
 WAYS = [
     ("taylor", "blocked", "covariance"),
     ("cubature", "sequential", "square_root"),
-    ("unscented", "sequential", "covariance"),
     ("gauss_hermite", "blocked", "covariance"),
     ("taylor", "associative", "covariance"),
 ]
@@ -108,12 +104,13 @@ def test_one_undamped_iteration_is_the_exact_smoother(linearizer, backend, form,
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize(
-    "damping", [LevenbergMarquardt(), LineSearch()], ids=["levenberg-marquardt", "line search"]
-)
-def test_damped_iteration_converges_to_the_exact_smoother(damping, name):
+def test_damped_iteration_converges_to_the_exact_smoother(name):
     solution = smooth(
-        name, max_iters=60, linearizer=Taylor(), damping=damping, backend=elkax.Sequential()
+        name,
+        max_iters=60,
+        linearizer=Taylor(),
+        damping=LevenbergMarquardt(),
+        backend=elkax.Sequential(),
     )
     assert solution.info.status == Status.CONVERGED
     expected = oracle(name)

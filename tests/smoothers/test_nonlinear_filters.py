@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dynamax.generalized_gaussian_ssm.inference import EKFIntegrals, GHKFIntegrals, UKFIntegrals
+from dynamax.generalized_gaussian_ssm.inference import GHKFIntegrals, UKFIntegrals
 from dynamax.generalized_gaussian_ssm.models import ParamsGGSSM
 from dynamax.nonlinear_gaussian_ssm.inference_ukf import UKFHyperParams
 from dynamax.nonlinear_gaussian_ssm.models import ParamsNLGSSM
@@ -111,19 +111,15 @@ def test_inputs_and_time_varying_noise_are_dynamax():
     assert filtered.predicted_means.shape == (T - 1, 2)
 
 
-@pytest.mark.parametrize("hyperparams", [UKFHyperParams(), UKFHyperParams(0.8, 1.5, 1.0)])
-def test_unscented_is_dynamax(hyperparams):
+def test_unscented_is_dynamax():
     """Without inputs, where its smoother has the inputs one step late."""
+    hyperparams = UKFHyperParams(0.8, 1.5, 1.0)
     call = partial(dynamax_nonlinear.unscented_kalman_smoother, PARAMS, hyperparams=hyperparams)
     ours = compiled(lambda y: elkax.unscented_kalman_smoother(PARAMS, y, hyperparams))(EMISSIONS)
     agree(ours, compiled(call)(EMISSIONS))
-    if hyperparams.beta == 2:
-        call = partial(dynamax_nonlinear.unscented_kalman_filter, PARAMS, hyperparams=hyperparams)
-        ours = compiled(lambda y: elkax.unscented_kalman_filter(PARAMS, y, hyperparams))(EMISSIONS)
-        agree(ours, compiled(call)(EMISSIONS))
 
 
-INTEGRALS = [EKFIntegrals(), UKFIntegrals(), GHKFIntegrals(order=5)]
+INTEGRALS = [UKFIntegrals(), GHKFIntegrals(order=5)]
 
 
 @pytest.mark.parametrize("integrals", INTEGRALS, ids=lambda i: type(i).__name__)
