@@ -92,7 +92,7 @@ def prepare(
             symmetric, inputs missing where the model has input weights.
         TypeError: on arrays that hold no real numbers.
     """
-    emissions = _real_array("emissions", emissions)
+    emissions = real_array("emissions", emissions)
     if emissions.ndim != 2 or emissions.shape[0] == 0 or emissions.shape[1] == 0:
         raise ValueError(
             "emissions must be (T, N) with T >= 1 and N >= 1, one row per time step, got shape "
@@ -110,7 +110,8 @@ def prepare(
     return _assemble(arrays, emissions, inputs, valid_steps(length, num_timesteps), continues)
 
 
-def _real_array(name: str, value: Any) -> Array:
+def real_array(name: str, value: Any) -> Array:
+    """Return `value` as an array of real numbers, or raise TypeError that names it."""
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError) as error:
@@ -129,7 +130,7 @@ def _evaluate(params: ParamsLGSSM, length: int) -> ParamsLGSSM:
         if callable(value):
             function: Callable = value
             value = jax.vmap(lambda t: jnp.asarray(function(t)))(jnp.arange(length))
-        return _real_array(name, value)
+        return real_array(name, value)
 
     groups = {}
     for group in ("initial", "dynamics", "emissions"):
@@ -230,7 +231,7 @@ def _check_inputs(arrays: ParamsLGSSM, inputs: Any, length: int) -> Array:
                 f"{widths[used[0]]} inputs; got None"
             )
         return jnp.zeros((length, 0), arrays.initial.mean.dtype)
-    inputs = _real_array("inputs", inputs)
+    inputs = real_array("inputs", inputs)
     if inputs.ndim != 2 or inputs.shape[0] != length:
         raise ValueError(
             f"inputs must be (T, U) with T = {length} as the emissions, got shape {inputs.shape}"

@@ -125,7 +125,7 @@ def lgssm_posterior_sample(
     problem, stored = setup(
         params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
     )
-    draws = _posterior_sample(
+    draws = draw_posterior(
         key,
         problem.model,
         num_samples=num_samples or 1,
@@ -141,7 +141,7 @@ def lgssm_posterior_sample(
 
 
 @partial(jax.jit, static_argnames=("num_samples", "form", "backend", "initial"))
-def _posterior_sample(
+def draw_posterior(
     key: Key,
     model: Model,
     *,
@@ -150,6 +150,8 @@ def _posterior_sample(
     backend: Backend | None,
     initial: Initial,
 ) -> Array:
+    """Draw trajectories (num_samples, T, D) from the posterior of a prepared model."""
+
     def correct(key: Key) -> Array:
         state_key, emission_key = jr.split(key)
         states = sample_states(state_key, model, backend)

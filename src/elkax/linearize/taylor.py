@@ -1,0 +1,42 @@
+"""First-order Taylor expansion."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+from jaxtyping import Array
+
+from elkax.linearize.affine import Affine, Function
+from elkax.scan.lanes import matvec
+
+
+@dataclass(frozen=True)
+class Taylor:
+    r"""Linearize at the mean: $A = f'(m)$, $b = f(m) - Am$, and no residual covariance.
+
+    The extended Kalman filter and, iterated, Gauss-Newton on the MAP cost. Costs D tangents of the
+    function.
+
+    References:
+        Särkkä & Svensson (2023), Bayesian Filtering and Smoothing, Sec. 7.2.
+    """
+
+    uses_covariance: ClassVar[bool] = False
+
+    def __call__(self, function: Function, mean: Array, cov: Array | None) -> Affine:
+        """Expand a function about the mean; see `Linearizer`."""
+        del cov
+        weights = jax.jacfwd(function)(mean)
+        return Affine(weights, function(mean) - matvec(weights, mean), None)
+
+    def expect(
+        self,
+        function: Function,
+        mean: Array,
+        cov: Array | None,
+        *,
+        semidefinite: bool = False,
+    ) -> Array:
+        """Evaluate a function at the mean; see `Linearizer`."""
+        del cov, semidefinite
+        return function(mean)

@@ -1,0 +1,242 @@
+"""From the parameters of a nonlinear model to static functions and traced arrays."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from dynamax.generalized_gaussian_ssm.models import ParamsGGSSM
+from dynamax.nonlinear_gaussian_ssm.models import ParamsNLGSSM
+from jaxtyping import Array, ArrayLike
+
+from elkax.linearize import (
+    Curvature,
+    Datum,
+    DensityEmission,
+    Emission,
+    GaussianEmission,
+    MomentEmission,
+    call,
+)
+from elkax.linearize.curvature import ClippedHessian
+from elkax.linearize.emissions import Residual
+from elkax.smoothers.prepare import check_symmetric, real_array
+
+
+class ParamsDistributionSSM(NamedTuple):
+    r"""Parameters of a model with Gaussian dynamics and any emission distribution.
+
+    $z_1 \sim N(m, S)$, $z_t \sim N(f(z_{t-1}, u_t), Q_t)$, $y_t \sim p(y \mid z_t, u_t)$.
+
+    Attributes:
+        initial_mean: $m$ (D,).
+        initial_covariance: $S$ (D, D).
+        dynamics_function: $f$, (z) or (z, u) to (D,).
+        dynamics_covariance: $Q$, (D, D) or (T, D, D).
+        emission_distribution: (z) or (z, u) to a TFP distribution over the N entries of y: a batch
+            of N independent ones, or one over vectors of N.
+        curvature: how the log-density is made Gaussian, see `DensityEmission`.
+    """
+
+    initial_mean: Any
+    initial_covariance: Any
+    dynamics_function: Callable
+    dynamics_covariance: Any
+    emission_distribution: Callable
+    curvature: Curvature = ClippedHessian()
+
+
+NonlinearParams = ParamsNLGSSM | ParamsGGSSM | ParamsDistributionSSM
+
+
+@dataclass(frozen=True)
+class System:
+    """The functions of a model, a static argument of jitted functions."""
+
+    dynamics: Callable
+    emission: Emission
+
+    def advance(self, state: Array, inputs: Array | None) -> Array:
+        """Evaluate $f(z, u)$, (D,)."""
+        return jnp.reshape(call(self.dynamics, state, inputs), state.shape)
+
+
+class Data(NamedTuple):
+    """The arrays of a model and its data.
+
+    Attributes:
+        initial_mean: (D,).
+        initial_cov: (D, D).
+        noise: $Q$, (D, D) or (T, D, D); entry 0 is not used.
+        emission_noise: $R$, (N, N), (N,), (T, N, N) or (T, N); None if the emission states its own.
+        values: (T, N), one where missing: a possible value of counts and classes.
+        observed: (T, N).
+        inputs: (T, U) or None.
+    """
+
+    initial_mean: Array
+    initial_cov: Array
+    noise: Array
+    emission_noise: Array | None
+    values: Array
+    observed: Array
+    inputs: Array | None
+
+    def _constant_noise(self) -> bool:
+        size = self.values.shape[1]
+        noise = self.emission_noise
+        return noise is None or noise.shape in ((size, size), (size,))
+
+    def map_data(self, function: Callable, *arrays: Array | None) -> Any:
+        """Map `function(datum, *arrays at t)` over time."""
+        axes = Datum(0, 0, None if self._constant_noise() else 0, 0)
+        data = Datum(self.values, self.observed, self.emission_noise, self.inputs)
+        return jax.vmap(function, in_axes=(axes, *(0 for _ in arrays)))(data, *arrays)
+
+    def each(self) -> Datum:
+        """Return the data with a leading time axis in every field, as a scan needs them."""
+        noise = self.emission_noise
+        if noise is not None and self._constant_noise():
+            noise = jnp.broadcast_to(noise, (self.values.shape[0], *noise.shape))
+        return Datum(self.values, self.observed, noise, self.inputs)
+
+
+def prepare_system(
+    params: NonlinearParams,
+    emissions: ArrayLike,
+    inputs: ArrayLike | None = None,
+    *,
+    residual: Residual | None = None,
+) -> tuple[System, Data]:
+    r"""Check parameters and data, and part functions from arrays.
+
+    Args:
+        params: dynamax's `ParamsNLGSSM` or `ParamsGGSSM`, or `ParamsDistributionSSM`.
+        emissions: (T, N), NaN where missing.
+        inputs: (T, U).
+        residual: $(y, \hat y)$ to their difference, for Gaussian emissions on a circle.
+
+    Raises:
+        ValueError: on shapes that do not fit each other, T = 0, covariances that are not symmetric.
+        TypeError: on parameters of another type, functions of another signature, arrays that hold
+            no real numbers.
+    """
+    if not isinstance(params, NonlinearParams):
+        raise TypeError(
+            "params must be ParamsNLGSSM, ParamsGGSSM or ParamsDistributionSSM, got "
+            f"{type(params).__name__}"
+        )
+    emissions = real_array("emissions", emissions)
+    if emissions.ndim != 2 or 0 in emissions.shape:
+        raise ValueError(
+            f"emissions must be (T, N) with T >= 1 and N >= 1, got shape {emissions.shape}"
+        )
+    arrays = {
+        "initial_mean": params.initial_mean,
+        "initial_covariance": params.initial_covariance,
+        "dynamics_covariance": params.dynamics_covariance,
+    }
+    if isinstance(params, ParamsNLGSSM):
+        arrays["emission_covariance"] = params.emission_covariance
+    arrays = {name: real_array(f"params.{name}", value) for name, value in arrays.items()}
+    if inputs is not None:
+        inputs = real_array("inputs", inputs)
+        if inputs.ndim != 2 or inputs.shape[0] != emissions.shape[0]:
+            raise ValueError(
+                f"inputs must be (T, U) with T = {emissions.shape[0]} as the emissions, got shape "
+                f"{inputs.shape}"
+            )
+    _check_arrays(arrays, *emissions.shape)
+    leaves = [*arrays.values(), emissions] + ([] if inputs is None else [inputs])
+    dtype = jnp.result_type(*leaves)
+    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
+    arrays = {name: value.astype(dtype) for name, value in arrays.items()}
+    emissions = emissions.astype(dtype)
+    observed = ~jnp.isnan(emissions)
+    data = Data(
+        arrays["initial_mean"],
+        arrays["initial_covariance"],
+        arrays["dynamics_covariance"],
+        arrays.get("emission_covariance"),
+        jnp.where(observed, emissions, 1.0),
+        observed,
+        None if inputs is None else inputs.astype(dtype),
+    )
+    system = System(params.dynamics_function, _emission(params, residual))
+    _check_functions(system, data)
+    return system, data
+
+
+def _emission(params: NonlinearParams, residual: Residual | None) -> Emission:
+    if isinstance(params, ParamsNLGSSM):
+        return GaussianEmission(params.emission_function, residual)
+    if isinstance(params, ParamsGGSSM):
+        return MomentEmission(params.emission_mean_function, residual, params.emission_cov_function)
+    if residual is not None:
+        raise ValueError("residual belongs to Gaussian emissions, but params has a distribution")
+    return DensityEmission(params.emission_distribution, params.curvature)
+
+
+def _check_arrays(arrays: dict[str, Array], length: int, emission_dim: int) -> None:
+    mean = arrays["initial_mean"]
+    d, n = mean.shape[-1] if mean.ndim else 0, emission_dim
+    shapes = {
+        "initial_mean": [(d,)],
+        "initial_covariance": [(d, d)],
+        "dynamics_covariance": [(d, d), (length, d, d)],
+        "emission_covariance": [(n, n), (n,), (length, n, n), (length, n)],
+    }
+    for name, value in arrays.items():
+        if value.shape not in shapes[name] or d == 0:
+            raise ValueError(
+                f"params.{name} must have shape {' or '.join(map(str, shapes[name]))} (T = "
+                f"{length}, state dimension D = {d}, emission dimension N = {n}), got {value.shape}"
+            )
+    noise = arrays["dynamics_covariance"]
+    check_symmetric("params.initial_covariance", arrays["initial_covariance"])
+    check_symmetric("params.dynamics_covariance", noise, skip_first=noise.ndim == 3)
+    cov = arrays.get("emission_covariance")
+    if cov is not None and cov.shape in ((n, n), (length, n, n)):
+        check_symmetric("params.emission_covariance", cov)
+
+
+def _check_functions(system: System, data: Data) -> None:
+    """Evaluate the shapes of every function once."""
+    state = data.initial_mean
+    inputs = None if data.inputs is None else data.inputs[0]
+    size = data.values.shape[1:]
+
+    def check(name: str, function: Callable, expected: tuple[int, ...]) -> None:
+        arguments = f"(z) with z of shape {state.shape}"
+        if inputs is not None:
+            arguments = f"(z, u) with z of shape {state.shape} and u of shape {inputs.shape}"
+        if not callable(function):
+            raise TypeError(f"params.{name} must be a function of {arguments}, got {function!r}")
+        try:
+            shape = jnp.shape(jax.eval_shape(lambda z: call(function, z, inputs), state))
+        except (TypeError, AttributeError) as error:
+            raise TypeError(
+                f"params.{name} must be a function of {arguments} that returns an array of shape "
+                f"{expected}: {error}"
+            ) from error
+        scalar = shape == () and all(axis == 1 for axis in expected)
+        if shape != expected and not scalar:
+            raise ValueError(
+                f"params.{name} must return shape {expected} for {arguments}, got {shape}"
+            )
+
+    check("dynamics_function", system.dynamics, state.shape)
+    emission = system.emission
+    if isinstance(emission, MomentEmission):
+        check("emission_mean_function", emission.function, size)
+        check("emission_cov_function", emission.moments, size * 2)
+    elif isinstance(emission, GaussianEmission):
+        check("emission_function", emission.function, size)
+    elif isinstance(emission, DensityEmission):
+
+        def density(state: Array, *inputs: Array) -> Array:
+            value = emission.distribution(state, *inputs).log_prob(data.values[0])
+            return jnp.zeros(size) if jnp.shape(value) in ((), size) else value
+
+        check("emission_distribution", density, size)
