@@ -9,8 +9,10 @@ relative error of d loglik / dF. Peak memory is XLA's own count of temporary and
     python examples/benchmarks/linear.py --states 1 4 --steps 8192 --dtypes float64
     python examples/benchmarks/linear.py --series 16 256 --states 4 --steps 1000
 
-dynamax's parallel smoother can deadlock XLA's thread pool on few cores from T of about 4,000 on,
-so each of its cells runs under a time limit in a process of its own. cuthbert is optional.
+dynamax's parallel functions can deadlock XLA's thread pool on few cores from T of about 4,000 on.
+Each of their cells first runs under a time limit in a process of its own, but may still hang here
+after that; with them set XLA_FLAGS=--xla_cpu_multi_thread_eigen=false, which avoids it. cuthbert is
+optional.
 """
 
 import argparse

@@ -97,6 +97,7 @@ SHAPES = {
     "D = 5, N = 2": (partial(random_stable, 5, 2, 33), "sequential", "square_root"),
     "D = 12, N = 3": (partial(random_stable, 12, 3, 17), "blocked", "covariance"),
     "D = 12, N = 3 in blocks": (partial(random_stable, 12, 3, 5), "blocked", "square_root"),
+    "D = 100, N = 2": (partial(random_stable, 100, 2, 5), "sequential", "covariance"),
 }
 
 
