@@ -9,6 +9,13 @@ jax.config.update("jax_enable_x64", True)
 install_import_hook("elkax", "beartype.beartype")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Drop what a file compiled: thousands of programs at once exceed a process's memory maps."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def key():
     """A random key, the same in every test; split it for more."""

@@ -71,7 +71,7 @@ def expected_gradient(name):
                 moved = [x + h * direction if i == k else x for i, (_, x) in enumerate(leaves)]
                 return log_likelihood(problem._replace(params=tree.unflatten(moved)))
 
-            gradient[index] = fourth_order(along, LONG(1e-3))
+            gradient[index] = fourth_order(along, LONG(1e-4))
         gradients.append(gradient)
     return tree.unflatten(gradients)
 
@@ -168,7 +168,7 @@ def test_gradient_with_respect_to_emissions_and_inputs():
             def along(h, field=field, data=data, direction=direction):
                 return log_likelihood(problem._replace(**{field: data + h * direction}))
 
-            expected[index] = fourth_order(along, LONG(1e-3))
+            expected[index] = fourth_order(along, LONG(1e-4))
         missing = np.isnan(data)
         np.testing.assert_array_equal(np.asarray(gradient)[missing], 0.0)
         within(gradient, expected, RTOL * (1 + np.max(np.abs(expected))), f"gradient.{field}")
@@ -234,7 +234,7 @@ def expected_hessian(name):
                 LONG(1e-3),
             )
 
-        return float(fourth_order(inner, LONG(1e-3)))
+        return float(fourth_order(inner, LONG(1e-4)))
 
     values = {(i, j): second(i, j) for i in range(4) for j in range(i + 1)}
     return np.array([[values[max(i, j), min(i, j)] for j in range(4)] for i in range(4)])
@@ -290,6 +290,6 @@ def test_gradient_of_smoothed_moments(backend, form):
                 model = model_arrays(moved.params, T, moved.inputs)
                 return weigh(dense(model, moved.emissions))
 
-            expected.append(float(fourth_order(along, LONG(1e-3))))
+            expected.append(float(fourth_order(along, LONG(1e-4))))
         actual = gradient(jnp.array(THETA), problem)
         within(actual, np.array(expected), 1e-9 * (1 + np.max(np.abs(expected))), name)
