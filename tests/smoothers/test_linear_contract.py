@@ -20,7 +20,6 @@ from problems import (
     written_out,
 )
 from smoothers.linear_checks import (
-    BACKENDS,
     FAST_COMPILE,
     WAYS,
     check_filtered,
@@ -223,19 +222,6 @@ def test_ragged_batch_under_vmap(padding):
 RAGGED_SMOOTHER = jax.jit(
     jax.vmap(partial(smooth_to_length, "blocked", "covariance")), compiler_options=FAST_COMPILE
 )
-
-
-@pytest.mark.parametrize(
-    "backend, form", [("sequential", "square_root"), ("blocked", "covariance")]
-)
-def test_vmap_over_emissions_with_shared_parameters(backend, form):
-    problem = random_stable(2, 2, T_CONTRACT)
-    batch = jnp.stack([problem.emissions, 2 * problem.emissions, problem.emissions + 1])
-    function = partial(elkax.lgssm_filter, backend=BACKENDS[backend], form=form)
-    posteriors = jax.jit(jax.vmap(function, in_axes=(None, 0)))(problem.params, batch)
-    for i in range(3):
-        own = jax.tree.map(lambda x, i=i: x[i], posteriors)
-        check_filtered(own, oracle(problem._replace(emissions=batch[i])))
 
 
 def test_length_without_jit():

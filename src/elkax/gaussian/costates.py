@@ -103,16 +103,16 @@ def find_costates(model: Model, filtered: FilterOutput, backend: Backend | None)
     """
     size = filtered.mean.shape[-1]
     form = Covariance()
-    fixed = constant_part(model)
-    kalman = KalmanFilter(fixed, form)
 
-    def transitions(x: tuple) -> tuple[Transition, None]:
+    def transitions(fixed: Model, x: tuple) -> tuple[Transition, None]:
         own, state, following, goes_on = x
+        kalman = KalmanFilter(fixed, form)
         own = merge(fixed, own)
         mean, low, cov = kalman.predict(own, state)
-        empty = kalman.identity(mean.shape[1:], mean.dtype)
-        update = kalman.observe(empty._replace(b=mean, low=low, c=cov), own)
-        following = model.weights if following is None else following
+        empty = kalman.identity(cov.shape[2:], mean.dtype)
+        empty = empty._replace(b=mean, low=low, c=cov, eta=jnp.zeros_like(mean))
+        update = kalman.observe(empty, own)
+        following = fixed.weights if following is None else following
         back = transpose(matmul(following, materialize(update.a)))
         vector, matrix = update.eta, update.j
         if own.valid is not None:
@@ -122,7 +122,7 @@ def find_costates(model: Model, filtered: FilterOutput, backend: Backend | None)
 
     varying = over_time(lambda field, rank: field, model)
     xs = (varying, before(filtered), next_weights(model), continues(model))
-    steps, _ = in_blocks(transitions, xs, size)
+    steps, _ = in_blocks(transitions, constant_part(model), xs, size)
     start = (jnp.zeros_like(filtered.mean[-1]), jnp.zeros_like(filtered.cov[-1]))
     _, (vector, matrix) = run(
         GaussMarkov(size, form), start, steps, backend=backend, state_dim=size, reverse=True

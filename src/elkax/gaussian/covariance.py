@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from elkax.gaussian.factor import (
-    cho_solve,
     gram,
     is_regular,
     psd_cholesky,
     solve_lower,
+    solve_regular,
     symmetrize,
 )
 from elkax.scan import lanes
@@ -45,10 +45,7 @@ class Covariance:
     def predict(self, weights: Array, stored: Array, noise: Array) -> Array:
         r"""Compute $FPF^\top + Q$."""
         half = lanes.materialize(lanes.advance(weights, stored))
-        # The transpose of F(FP)'.
-        both = lanes.materialize(lanes.advance(weights, transpose(half)))
-        both, noise = lanes.align(both, 2, noise, 2)
-        return symmetrize(both + noise)
+        return _complete(half, weights, noise)
 
     def reverse(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Array, Array]:
         r"""Turn a step $z' = Fz + N(0, Q)$, $z \sim N(m, P)$, around: $z \mid z'$.
@@ -64,15 +61,15 @@ class Covariance:
         Returns:
             $G$, $U$, and whether $FPF^\top + Q$ is regular; if not, they are meaningless.
         """
-        factor = psd_cholesky(
-            lanes.materialize(self.predict(weights, stored, noise)), written_out=True
-        )
-        cross = matmul(weights, stored)
-        gain = lanes.materialize(transpose(cho_solve(factor, cross, written_out=True)))
+        half = lanes.materialize(lanes.advance(weights, stored))
+        predicted = lanes.materialize(_complete(half, weights, noise))
+        factor, solved = solve_regular(predicted, half)
+        gain = lanes.materialize(transpose(solved))
         eye = lanes.identity(gain.shape[0], gain.shape[2:], gain.dtype)
-        rest = self.predict(eye - matmul(gain, weights), stored, jnp.zeros_like(stored))
-        noise = jnp.broadcast_to(lanes.align(noise, 2, stored, 2)[0], stored.shape)
-        return gain, self.predict(gain, noise, rest), is_regular(factor)
+        rest = lanes.materialize(eye - lanes.product(gain, weights))
+        kept = lanes.product(matmul(rest, stored), transpose(rest))
+        added = lanes.product(matmul(gain, noise), transpose(gain))
+        return gain, symmetrize(lanes.materialize(kept + added)), is_regular(factor)
 
     def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]:
         r"""Compute $Ph$ and $s = h^\top Ph + r$ for one scalar $y = h^\top z + N(0, r)$.
@@ -117,6 +114,14 @@ class Covariance:
     def condition(self, stored: Array, information: Array) -> Array:
         r"""Compute $(I + PJ)^{-1}P$; see `condition_on_information`."""
         return condition_on_information(stored, information)
+
+
+def _complete(half: Array, weights: Array, noise: Array) -> Array:
+    r"""Compute $FPF^\top + Q$ from $FP$."""
+    # The transpose of F(FP)'.
+    both = lanes.materialize(lanes.advance(weights, transpose(half)))
+    both, noise = lanes.align(both, 2, noise, 2)
+    return symmetrize(both + noise)
 
 
 @jax.custom_jvp

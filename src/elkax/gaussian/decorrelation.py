@@ -5,8 +5,18 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from elkax.gaussian.factor import unit_ldl
+from elkax.gaussian.kalman import Model
 from elkax.scan.fallback import where_sound
 from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes
+
+
+def uncorrelate(model: Model) -> Model:
+    """Return the same model with uncorrelated measurement errors."""
+    if model.correlated is None:
+        return model
+    parts = decorrelate(model.rows, model.correlated, model.values, model.observed)
+    names = ("rows", "variances", "values", "observed")
+    return model._replace(correlated=None, **dict(zip(names, parts, strict=True)))
 
 
 def decorrelate(

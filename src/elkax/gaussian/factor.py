@@ -69,7 +69,7 @@ def is_regular(factor: Float[Array, "n n *lanes"]) -> Bool[Array, "*lanes"]:
     Measured on squares also for a factor from a QR, because solving with it squares what it holds.
     """
     size = factor.shape[0]
-    pivots = jnp.stack([factor[i, i] ** 2 for i in range(size)])
+    pivots = lanes.diagonal_of(factor) ** 2
     level = 100 * size * jnp.finfo(factor.dtype).eps
     return jnp.all(pivots > level * jnp.sum(factor * factor, axis=1), axis=0)
 
@@ -161,6 +161,25 @@ def cho_solve(
     return solve_lower(factor, half, transposed=True, written_out=written_out)
 
 
+def solve_regular(
+    p: Float[Array, "n n *lanes"], b: Float[Array, "n m *lanes_b"]
+) -> tuple[Float[Array, "n n *lanes"], Float[Array, "n m *lanes_x"]]:
+    r"""Solve $PX = B$ where P is positive definite, as fast as it goes.
+
+    Args:
+        p: symmetric; `is_regular` of the factor tells whether the result means anything.
+        b: right-hand sides.
+
+    Returns:
+        Lower factor of P, and $X$.
+    """
+    if p.ndim == 2 and b.ndim == 2 and len(p) > MAX_UNROLLED:
+        factor = jax.lax.linalg.cholesky(p, symmetrize_input=False)
+        return factor, jax.scipy.linalg.cho_solve((factor, True), b)
+    factor = psd_cholesky(p, written_out=True)
+    return factor, cho_solve(factor, b, written_out=True)
+
+
 def unit_ldl(
     r: Float[Array, "n n *lanes"],
 ) -> tuple[Float[Array, "n n *lanes"], Float[Array, "n *lanes"]]:
@@ -189,7 +208,7 @@ def unit_ldl(
         return jnp.concatenate((schur, inverse), axis=1)
 
     work = _loop(size, eliminate, jnp.concatenate((r, eye), axis=1))
-    pivots = jnp.stack([work[i, i] for i in range(size)])
+    pivots = lanes.diagonal_of(work[:, :size])
     return work[:, size:], pivots
 
 

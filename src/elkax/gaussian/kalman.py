@@ -96,6 +96,8 @@ class Model(NamedTuple):
         observed: (T, N), False where missing.
         first: (T,), 1 at t = 0 and 0 later, a real number.
         valid: (T,), False in padding, where nothing happens; None if there is none.
+        correlated: $R$, (N, N) or (T, N, N), in place of `variances`, which is then None; to be
+            resolved by `uncorrelate` before anything is run.
     """
 
     initial_mean: Array
@@ -104,15 +106,18 @@ class Model(NamedTuple):
     offset: Array
     noise: Array
     rows: Array
-    variances: Array
+    variances: Array | None
     values: Array
     observed: Array
     first: Array
     valid: Array | None = None
+    correlated: Array | None = None
 
 
 # Number of axes of each field without time.
-RANKS = (1, 2, 2, 1, 2, 2, 1, 1, 1, 0, 0)
+RANKS = (1, 2, 2, 1, 2, 2, 1, 1, 1, 0, 0, 2)
+# Fields that no covariance depends on.
+MEANS_AND_DATA = ("initial_mean", "offset", "values")
 
 
 def over_time(function: Callable[[Any, int], Any], model: Model) -> Model:
@@ -150,6 +155,7 @@ class FilterOutput(NamedTuple):
         correction: $m_{t|t} - m_{t|t-1}$ (D,).
         residual: (N,) uncorrelated scalar innovations $v_i$, 0 where missing.
         variance: (N,) their variances $s_i$, 1 where missing and NaN where singular.
+        observed: (N,) False where missing.
     """
 
     mean: Array
@@ -158,6 +164,7 @@ class FilterOutput(NamedTuple):
     correction: Array
     residual: Array
     variance: Array
+    observed: Array
 
 
 def standardize(output: FilterOutput) -> Array:
@@ -166,17 +173,16 @@ def standardize(output: FilterOutput) -> Array:
     return output.residual * jax.lax.rsqrt(jnp.where(singular, 1.0, output.variance)) * ~singular
 
 
-def log_density(output: FilterOutput, observed: Array, axis: int = -1) -> Array:
+def log_density(output: FilterOutput, axis: int = -1) -> Array:
     r"""Compute $\log p(y_t \mid y_{1:t-1})$ of the observed entries.
 
     Args:
         output: of the filter.
-        observed: which entries are observed, same shape as the residuals.
         axis: where the entries of one time are.
     """
     square = output.residual**2 / output.variance
     terms = -0.5 * (jnp.log(2 * jnp.pi * output.variance) + square)
-    return jnp.sum(jnp.where(observed, terms, 0.0), axis=axis)
+    return jnp.sum(jnp.where(output.observed, terms, 0.0), axis=axis)
 
 
 class Summary(NamedTuple):
@@ -225,6 +231,7 @@ class KalmanFilter:
     def step(self, state: State, x: Model) -> tuple[State, FilterOutput]:
         """Predict and update."""
         model = merge(self.fixed, x)
+        state = _widen(state, model)
         predicted, low, cov = self.predict(model, state)
         cov, predicted, low, floors = materialize((cov, predicted, low, self._floors(model, cov)))
 
@@ -236,12 +243,12 @@ class KalmanFilter:
             projection, s, residual = materialize((projection, s, residual), 1)
             singular, active, s = self._judge(s, floor, used)
             gain, cov = self.form.update(cov, projection, variance, s, active)
-            carry = shift + gain * residual, cov
+            carry = shift + lanes.scale(gain, residual), cov
             return carry, (residual * used, jnp.where(singular, jnp.nan, s))
 
         (shift, cov), (residual, variance) = fold_rows(update, (low, cov), entries(model, floors))
         mean, rest = two_sum(predicted, shift)
-        output = FilterOutput(mean, rest, cov, shift - low, residual, variance)
+        output = FilterOutput(mean, rest, cov, shift - low, residual, variance, model.observed)
         if model.valid is not None:
             output = output._replace(
                 mean=jnp.where(model.valid, mean, state[0]),
@@ -290,9 +297,9 @@ class KalmanFilter:
             column, scaled = through * root, residual * root
             carry = (
                 a - outer(gain, through),
-                shift + gain * residual,
+                shift + lanes.scale(gain, residual),
                 c,
-                eta + column * scaled,
+                eta + lanes.scale(column, scaled),
                 sound & ~singular,
             )
             return carry, column
@@ -349,7 +356,7 @@ class KalmanFilter:
         offset = lanes.blend(model.first, model.initial_mean, model.offset, 1)
         noise = lanes.blend(model.first, model.initial_cov, model.noise, 2)
         near, rest = lanes.split_identity(model.weights)
-        change = _add(matvec(rest, mean) + matvec(model.weights, low), offset)
+        change = lanes.add(matvec(rest, mean) + matvec(model.weights, low), offset)
         near, mean = lanes.align(near, 1, mean, 1)
         return *two_sum(near * mean, change), self.form.predict(model.weights, cov, noise)
 
@@ -361,12 +368,11 @@ class KalmanFilter:
 
     def _floors(self, model: Model, cov: Array) -> Array:
         """Size of the terms that each innovation variance is summed from, (N, lanes)."""
-        stored = self.form.decode(cov)
-        diagonal = jnp.stack([stored[i, i] for i in range(stored.shape[0])])
-        return _add(matvec(model.rows * model.rows, diagonal), model.variances)
+        diagonal = lanes.diagonal_of(self.form.decode(cov))
+        return lanes.add(matvec(model.rows * model.rows, diagonal), model.variances)
 
 
-def entries(model: Model, floors: Array) -> tuple[Array, ...]:
+def entries(model: Model, floors: Array) -> tuple:
     """Give what the scalar updates of one observation run over, leading axis N."""
     return model.rows, model.variances, model.values, model.observed, floors
 
@@ -386,6 +392,27 @@ def fold_rows(
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
-def _add(a: Array, b: Array) -> Array:
-    a, b = lanes.align(a, 1, b, 1)
-    return a + b
+def _widen(state: State, model: Model) -> State:
+    """Give a state the lanes of the model: covariances those of all but means and data.
+
+    Series that differ in their data alone have their covariances in common, without lanes.
+    """
+    shapes = {
+        name: field.shape[rank:]
+        for name, field, rank in zip(model._fields, model, RANKS, strict=True)
+        if field is not None
+    }
+    every = max(shapes.values(), key=len)
+    common = max(
+        (s for name, s in shapes.items() if name not in MEANS_AND_DATA),
+        key=len,
+    )
+
+    def widen(array: Array, rank: int, shape: tuple[int, ...]) -> Array:
+        if array.ndim > rank or not shape:
+            return array
+        array = array.reshape(array.shape + (1,) * len(shape))
+        return jnp.broadcast_to(array, array.shape[:rank] + shape)
+
+    mean, low, cov = state
+    return widen(mean, 1, every), widen(low, 1, every), widen(cov, 2, common)

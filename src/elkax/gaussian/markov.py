@@ -1,14 +1,16 @@
 """Propagation of a mean and a covariance through affine-Gaussian steps."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from elkax.scan import lanes
-from elkax.scan.lanes import advance, materialize, matvec
+from elkax.scan.lanes import add, advance, materialize, matvec
 
 
 class Transition(NamedTuple):
@@ -25,6 +27,7 @@ class Transition(NamedTuple):
     cov: Array
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["size", "form"])
 @dataclass(frozen=True)
 class GaussMarkov:
     r"""The recurrence $(m, P) \mapsto (Mm + g, MPM^\top + U)$.
@@ -46,7 +49,7 @@ class GaussMarkov:
     ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         """Advance one step; the output is the new mean and covariance."""
         mean, cov = state
-        new = matvec(x.weights, mean) + x.offset, self.form.predict(x.weights, cov, x.cov)
+        new = add(matvec(x.weights, mean), x.offset), self.form.predict(x.weights, cov, x.cov)
         return new, new
 
     def identity(self, lane_shape: tuple[int, ...], dtype: DTypeLike) -> Transition:

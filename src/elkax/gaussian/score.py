@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from elkax.gaussian.costates import before, continues, filter_model, find_costates, next_weights
 from elkax.gaussian.covariance import Covariance
+from elkax.gaussian.decorrelation import uncorrelate
 from elkax.gaussian.kalman import (
     FilterOutput,
     KalmanFilter,
@@ -18,6 +19,7 @@ from elkax.gaussian.kalman import (
     merge,
     over_time,
 )
+from elkax.gaussian.sharing import share_mask
 from elkax.scan import Backend
 from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes, transpose
 from elkax.scan.layout import in_blocks
@@ -45,6 +47,7 @@ def with_derivative_of(
 
 def filter_moments(model: Model, form: Any, backend: Backend | None) -> FilterOutput:
     """Run the Kalman filter and decode its covariances; arguments as `filter_model`."""
+    model = uncorrelate(model)
 
     def in_covariances(model: Model) -> FilterOutput:
         return filter_model(model, Covariance(), backend)
@@ -79,21 +82,27 @@ def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
         Koopman & Shephard (1992), Biometrika 79(4); Durbin & Koopman (2012), Sec. 7.3.3.
     """
 
+    def density(model: Model) -> Array:
+        return jnp.sum(log_density(filter_model(uncorrelate(model), form, backend)))
+
+    def density_and_score(model: Model) -> tuple[Array, Model]:
+        model = uncorrelate(model)
+        filtered = filter_moments(model, form, backend)
+        return jnp.sum(log_density(filtered)), _score(model, filtered, backend)
+
     @jax.custom_jvp
     def value(model: Model) -> Array:
-        return jnp.sum(log_density(filter_model(model, form, backend), model.observed))
+        return share_mask(density, model)
 
     @value.defjvp
     def _jvp(primals: tuple[Model], tangents: tuple[Model]) -> tuple[Array, Array]:
-        (model,), (change,) = primals, tangents
-        filtered = filter_moments(model, form, backend)
-        gradient = _score(model, filtered, backend)
+        value, gradient = share_mask(density_and_score, *primals)
+        _, change = jax.jvp(uncorrelate, primals, tangents)
         terms = [
             jnp.sum(g * d)
             for g, d in zip(gradient, change, strict=True)
             if g is not None and d is not None and d.dtype == g.dtype
         ]
-        value = jnp.sum(log_density(filtered, model.observed))
         return value, jnp.sum(jnp.stack(terms))
 
     return value(model)
@@ -103,18 +112,18 @@ def _score(model: Model, filtered: FilterOutput, backend: Backend | None) -> Mod
     """Differentiate the log-likelihood; None for fields that are not real numbers."""
     costates = find_costates(model, filtered, backend)
     fixed = constant_part(model)
-    constants, restore = _real_fields(fixed)
 
-    def pull(x: tuple) -> tuple[list[Array], list[Array]]:
+    def pull(fixed: Model, x: tuple) -> tuple[list[Array], list[Array]]:
         own, state, following, goes_on, q, matrix = x
+        constants, restore = _real_fields(fixed)
         varying, restore_varying = _real_fields(own)
 
         def one_step(constants: list[Array], varying: list[Array]) -> tuple[Array, Array, Array]:
             kalman = KalmanFilter(restore(constants), Covariance())
             _, output = kalman.step(state, restore_varying(varying))
-            return output.mean, output.cov, log_density(output, own.observed, axis=0)
+            return output.mean, output.cov, log_density(output, axis=0)
 
-        back = transpose(model.weights if following is None else following)
+        back = transpose(fixed.weights if following is None else following)
         curvature = matmul(matmul(back, 0.5 * (q[:, None] * q[None] - matrix)), transpose(back))
         costate = (matvec(back, q), curvature)
         if goes_on is not None:
@@ -129,7 +138,8 @@ def _score(model: Model, filtered: FilterOutput, backend: Backend | None) -> Mod
     varying = over_time(lambda field, rank: field, model)
     later = jax.tree.map(shifted, costates)
     xs = (varying, before(filtered), next_weights(model), continues(model), *later)
-    outputs, totals = in_blocks(pull, xs, filtered.mean.shape[-1])
+    outputs, totals = in_blocks(pull, fixed, xs, filtered.mean.shape[-1])
+    _, restore = _real_fields(fixed)
     _, restore_varying = _real_fields(varying)
     nothing = Model(*([None] * len(model)))
     return merge(restore(totals, nothing), restore_varying(outputs, nothing))

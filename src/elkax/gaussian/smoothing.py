@@ -71,22 +71,23 @@ def _gains(model: Model, filtered: FilterOutput, form: Any) -> tuple[Transition,
         The transitions, and whether each predicted covariance is regular.
     """
     size = filtered.mean.shape[-1]
-    fixed = constant_part(model)
 
-    def gain(x: tuple) -> tuple[tuple[Transition, Array], None]:
+    def gain(fixed: Model, x: tuple) -> tuple[tuple[Transition, Array], None]:
         after, cov, correction = x
         after = merge(fixed, after)
         gain, noise, regular = form.reverse(after.weights, cov, after.noise)
         shift = matvec(gain, correction)
         if after.valid is not None:
-            gain = jnp.where(after.valid, gain, lanes.identity(size, (1,), gain.dtype))
+            eye = lanes.identity(size, gain.shape[2:], gain.dtype)
+            gain = jnp.where(after.valid, gain, eye)
             shift = jnp.where(after.valid, shift, 0.0)
             noise = jnp.where(after.valid, noise, 0.0)
             regular = regular | ~after.valid
         return (Transition(gain, shift, noise), regular), None
 
     later = over_time(lambda field, rank: field[1:], model)
-    return in_blocks(gain, (later, filtered.cov[:-1], filtered.correction[1:]), size)[0]
+    xs = (later, filtered.cov[:-1], filtered.correction[1:])
+    return in_blocks(gain, constant_part(model), xs, size)[0]
 
 
 def _rauch_tung_striebel(
@@ -105,10 +106,10 @@ def _rauch_tung_striebel(
     )
     covs = _decode(jnp.concatenate((covs, filtered.cov[-1:])), form)
 
-    def lag(x: tuple[Array, Array]) -> tuple[Array, None]:
+    def lag(_: None, x: tuple[Array, Array]) -> tuple[Array, None]:
         return matmul(*x), None
 
-    lagged, _ = in_blocks(lag, (steps.weights, covs[1:]), size)
+    lagged, _ = in_blocks(lag, None, (steps.weights, covs[1:]), size)
     delta = jnp.concatenate((delta, last[0][None]))
     return Smoothed(filtered.mean + (filtered.low + delta), covs, lagged)
 
@@ -127,7 +128,7 @@ def downdate(factor: Array, cov: Array, matrix: Array) -> Array:
     """
     del cov
     inner = symmetrize(matmul(matmul(transpose(factor), matrix), factor))
-    eye = jnp.eye(inner.shape[0], dtype=inner.dtype).reshape((*inner.shape[:2], 1))
+    eye = lanes.identity(inner.shape[0], inner.shape[2:], inner.dtype)
     return gram(matmul(factor, psd_cholesky(eye - inner)))
 
 
@@ -155,9 +156,8 @@ def bryson_frazier(
     if length == 1:
         return Smoothed(filtered.mean, covs, jnp.zeros((0, size, size), covs.dtype))
     costates = find_costates(model, filtered._replace(cov=covs), backend)
-    fixed = constant_part(model)
 
-    def moments(x: tuple) -> tuple[tuple[Array, Array, Array], None]:
+    def moments(fixed: Model, x: tuple) -> tuple[tuple[Array, Array, Array], None]:
         after, mean, low, stored, cov, q, matrix = x
         after = merge(fixed, after)
         if after.valid is not None:
@@ -165,8 +165,8 @@ def bryson_frazier(
         factor = lanes.materialize(form.cholesky(stored))
         back = matmul(matmul(transpose(after.weights), matrix), after.weights)
         smoothed = downdate(factor, cov, back)
-        eye = jnp.eye(size, dtype=cov.dtype).reshape((size, size, 1))
         cross = matmul(cov, transpose(after.weights))
+        eye = lanes.identity(size, cross.shape[2:], cov.dtype)
         predicted = Covariance().predict(after.weights, cov, after.noise)
         lagged = matmul(cross, eye - matmul(matrix, predicted))
         if after.valid is not None:
@@ -177,7 +177,7 @@ def bryson_frazier(
     parts = (filtered.mean, filtered.low, filtered.cov, covs)
     earlier = [part[:-1] for part in parts]
     xs = (later, *earlier, costates.vector[1:], costates.matrix[1:])
-    (mean, cov, lagged), _ = in_blocks(moments, xs, size)
+    (mean, cov, lagged), _ = in_blocks(moments, constant_part(model), xs, size)
     return Smoothed(
         jnp.concatenate((mean, filtered.mean[-1:])), jnp.concatenate((cov, covs[-1:])), lagged
     )

@@ -13,6 +13,7 @@ from elkax.scan.choice import run
 from elkax.scan.protocol import Backend
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["size", "diagonal"])
 @dataclass(frozen=True)
 class Affine:
     r"""The recurrence $h_t = A_t h_{t-1} + b_t$ as a `Scannable`.
@@ -28,12 +29,15 @@ class Affine:
     diagonal: bool
 
     def _times(self, a: Array, h: Array) -> Array:
-        return a * h if self.diagonal else lanes.matvec(a, h)
+        if not self.diagonal:
+            return lanes.matvec(a, h)
+        a, h = lanes.align(a, 1, h, 1)
+        return a * h
 
     def step(self, state: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
         """Advance one step; the output is the new state."""
         a, b = x
-        state = self._times(a, state) + b
+        state = lanes.add(self._times(a, state), b)
         return state, state
 
     def identity(self, lane_shape: tuple[int, ...], dtype: DTypeLike) -> tuple[Array, Array]:

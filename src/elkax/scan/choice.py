@@ -1,6 +1,7 @@
 """Which backend runs when none is named."""
 
 import math
+from functools import partial
 from typing import Literal
 
 import jax
@@ -9,6 +10,10 @@ from jaxtyping import PyTree
 from elkax.scan.blocked import Blocked
 from elkax.scan.protocol import Backend, Scannable, State, sequence_length
 from elkax.scan.sequential import Sequential
+from elkax.scan.series import run_series
+
+# From this many on, series under `vmap` fill the vector lanes of a CPU by themselves.
+MANY_SERIES = 32
 
 
 def choose(
@@ -17,20 +22,22 @@ def choose(
     state_dim: int,
     platform: str | None = None,
     recurrence: Literal["kalman", "affine"] = "kalman",
+    num_series: int = 1,
 ) -> Backend:
     r"""Name the backend for a recurrence from measured crossovers.
 
     On a CPU, `Blocked` with about $\sqrt T$ blocks for Kalman recurrences with D <= 8 and T >= 512,
     else `Sequential`: an affine recurrence runs at full speed as it is, and from D of about 9 on a
-    Kalman step keeps the machine busy by itself. One series is assumed; for a `vmap` over tens of
-    series, whose lanes fill the machine without blocks, name `Sequential`. On a GPU (by reasoning,
-    not measured), `Blocked` for T >= 64.
+    Kalman step keeps the machine busy by itself. `MANY_SERIES` or more under `vmap` fill the lanes
+    without blocks of time: `Sequential`. On a GPU (by reasoning, not measured), `Blocked` for
+    T >= 64.
 
     Args:
         num_timesteps: T.
         state_dim: D.
         platform: "cpu", "gpu" or "tpu"; by default the one JAX computes on.
         recurrence: "kalman" where covariances are carried, "affine" where vectors are.
+        num_series: how many series run side by side under `vmap`.
 
     Returns:
         The backend that the library uses when `backend=None`.
@@ -39,7 +46,8 @@ def choose(
     # The power of two next above the square root of T.
     num_blocks = 2 ** math.ceil(math.log2(num_timesteps) / 2)
     if platform == "cpu":
-        if recurrence == "kalman" and state_dim <= 8 and num_timesteps >= 512:
+        few = num_series < MANY_SERIES
+        if recurrence == "kalman" and state_dim <= 8 and num_timesteps >= 512 and few:
             return Blocked(min(num_blocks, 256))
         return Sequential()
     return Blocked(num_blocks) if num_timesteps >= 64 else Sequential()
@@ -58,7 +66,7 @@ def run(
     """Run a recurrence with the named backend, or with the one that `choose` gives.
 
     Args:
-        scannable: the recurrence.
+        scannable: the recurrence, a pytree whose leaves are arrays.
         state: state before the first step.
         xs: inputs, leading axis T.
         backend: how to run it; chosen from T and `state_dim` if None.
@@ -69,7 +77,13 @@ def run(
     Returns:
         The state after the last step run, and the outputs with leading axis T.
     """
-    if backend is None:
-        length = sequence_length(xs)
-        backend = choose(num_timesteps=length, state_dim=state_dim, recurrence=recurrence)
-    return backend(scannable, state, xs, reverse=reverse)
+    length = sequence_length(xs)
+    best = partial(choose, num_timesteps=length, state_dim=state_dim, recurrence=recurrence)
+    return run_series(
+        scannable,
+        state,
+        xs,
+        backend=best() if backend is None else backend,
+        fills=lambda n: backend is None and isinstance(best(num_series=n), Sequential),
+        reverse=reverse,
+    )

@@ -93,6 +93,11 @@ def product(a: Shaped[Array, "n k *lanes_a"], b: Shaped[Array, "k m *lanes_b"]) 
     return jnp.moveaxis(front, (-2, -1), (0, 1))
 
 
+def diagonal_of(a: Shaped[Array, "n n *lanes"]) -> Array:
+    r"""Return the diagonal in every lane, shape (n, lanes)."""
+    return a.reshape((-1, *a.shape[2:]))[:: a.shape[0] + 1]
+
+
 def split_identity(a: Shaped[Array, "n n *lanes"]) -> tuple[Array, Array]:
     r"""Write $A = \mathrm{diag}(e) + B$ with $e_i = 1$ where $1/2 \le a_{ii} \le 2$, else 0.
 
@@ -103,7 +108,7 @@ def split_identity(a: Shaped[Array, "n n *lanes"]) -> tuple[Array, Array]:
     Returns:
         $e$ (n, lanes) and $B$.
     """
-    diagonal = jnp.stack([a[i, i] for i in range(a.shape[0])])
+    diagonal = diagonal_of(a)
     near = ((diagonal >= 0.5) & (diagonal <= 2.0)).astype(a.dtype)
     eye = jnp.eye(a.shape[0], dtype=a.dtype).reshape(a.shape[:2] + (1,) * (a.ndim - 2))
     return near, a - eye * near[:, None]
@@ -143,6 +148,18 @@ def dot(x: Shaped[Array, "n *lanes_x"], y: Shaped[Array, "n *lanes_y"]) -> Array
     if x.shape[0] <= MAX_UNROLLED:
         return _contract(lambda j: x[j] * y[j], x.shape[0])
     return jnp.sum(x * y, axis=0)
+
+
+def add(x: Shaped[Array, "n *lanes_x"], y: Shaped[Array, "n *lanes_y"]) -> Array:
+    r"""Compute $x + y$ in every lane, shape (n, lanes)."""
+    x, y = align(x, 1, y, 1)
+    return x + y
+
+
+def scale(x: Shaped[Array, "n *lanes_x"], factor: Shaped[Array, "*lanes_f"]) -> Array:
+    r"""Multiply a vector with a number in every lane, shape (n, lanes)."""
+    x, factor = align(x, 1, factor, 0)
+    return x * factor
 
 
 def outer(x: Shaped[Array, "n *lanes_x"], y: Shaped[Array, "m *lanes_y"]) -> Array:

@@ -1,12 +1,22 @@
 """Time steps laid out in blocks, and work on all of them at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from elkax.scan.lanes import materialize
+from elkax.scan.lanes import MAX_UNROLLED, materialize
+from elkax.scan.series import (
+    Leaves,
+    Rule,
+    one_series,
+    series_first,
+    series_last,
+    with_vmap_rule,
+)
 
 
 def to_blocks(x: Array, steps: int, blocks: int, padding: int, reverse: bool = False) -> Array:
@@ -25,23 +35,68 @@ def from_blocks(x: Array, length: int, padding: int, reverse: bool = False) -> A
 
 
 def in_blocks(
-    function: Callable[[PyTree], tuple[PyTree, PyTree]], xs: PyTree, size: int
+    function: Callable[[Any, PyTree], tuple[PyTree, PyTree]], fixed: Any, xs: PyTree, size: int
 ) -> tuple[PyTree, PyTree]:
     """Evaluate a function of single time steps for all of them, as many at once as fit in cache.
 
     Args:
-        function: maps inputs with time in the last axis to `(outputs, totals)`: outputs with time
-            in the last axis, and totals without it, already summed over the time steps given.
-            Padding is zero (False), and must add nothing to the totals.
+        function: maps `fixed` and inputs with time in the last axis to `(outputs, totals)`: outputs
+            with time in the last axis, and totals without it, already summed over the time steps
+            given. It closes over no array; padding is zero (False), and must add nothing to the
+            totals. Past the D to which products are written out a CPU takes single steps, without
+            that axis.
+        fixed: what is the same at all times.
         xs: leaves with leading axis T.
         size: dimension D of the matrices that the function works on.
 
     Returns:
         Outputs with leading axis T, and totals over all T.
     """
+    tree = jax.tree.structure((fixed, xs))
+    num_fixed = len(jax.tree.leaves(fixed))
+    chunked = size <= MAX_UNROLLED or jax.default_backend() != "cpu"
+
+    def over_time(fixed: Any, xs: PyTree, series: int = 1) -> tuple[PyTree, PyTree]:
+        if chunked:
+            return _map_chunks(partial(function, fixed), xs, size * series)
+        outputs, totals = jax.lax.map(partial(function, fixed), xs)
+        return outputs, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), totals)
+
+    def make_rule(single: Callable[[Leaves], tuple[PyTree, PyTree]]) -> Rule:
+        def rule(count: int, flags: Sequence[bool], leaves: Leaves) -> tuple[PyTree, PyTree]:
+            expected = jax.eval_shape(single, one_series(flags, leaves))
+            leaves = series_last(flags, leaves)
+            # A total over all series is none for each of them.
+            if jax.tree.leaves(expected[1]):
+                leaves = [
+                    leaf if flag else jnp.broadcast_to(leaf[..., None], (*leaf.shape, count))
+                    for flag, leaf in zip(flags, leaves, strict=True)
+                ]
+                flags = [True] * len(flags)
+            if chunked:
+                # Series before time: an axis of length one where something has only the other.
+                leaves = [
+                    leaf[..., None] if flag == (i < num_fixed) else leaf
+                    for i, (flag, leaf) in enumerate(zip(flags, leaves, strict=True))
+                ]
+            fixed, xs = tree.unflatten(leaves)
+            outputs, totals = over_time(fixed, xs, count)
+            if chunked:
+                totals = jax.tree.map(lambda leaf: leaf[..., 0], totals)
+            return series_first((outputs, totals), expected)
+
+        return rule
+
+    return with_vmap_rule(over_time, make_rule, fixed, xs)
+
+
+def _map_chunks(
+    function: Callable[[PyTree], tuple[PyTree, PyTree]], xs: PyTree, size: int
+) -> tuple[PyTree, PyTree]:
+    """Evaluate a function of chunks of time, for `size` numbers in the row of a matrix."""
     length = jax.tree.leaves(xs)[0].shape[0]
     # About 16 KiB for one matrix in all lanes, so that a dozen of them stay in cache.
-    width = max(16, 512 // size) if jax.default_backend() == "cpu" else length
+    width = max(1, 512 // size) if jax.default_backend() == "cpu" else length
     blocks = min(width, length)
     steps = -(-length // blocks)
     padding = steps * blocks - length

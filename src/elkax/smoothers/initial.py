@@ -12,7 +12,7 @@ from elkax.gaussian import Model
 from elkax.gaussian.covariance import Covariance
 from elkax.gaussian.factor import cho_solve, is_regular, psd_cholesky
 from elkax.gaussian.kalman import FilterOutput, log_density, standardize
-from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes
+from elkax.scan.lanes import diagonal_of, from_lanes, matmul, matvec, to_lanes
 
 # Enough doublings for a spectral radius within 1e-12 of one.
 _DOUBLINGS = 48
@@ -134,7 +134,7 @@ class DiffuseEffect(NamedTuple):
     cov: Array
 
 
-def estimate_diffuse(columns: FilterOutput, observed: Array) -> tuple[DiffuseEffect, Array]:
+def estimate_diffuse(columns: FilterOutput) -> tuple[DiffuseEffect, Array]:
     r"""Estimate $\delta$ at every time, and compute the diffuse log-likelihood.
 
     With $e_0$ and $E$ the standardized innovations for $\delta = 0$ and their change with
@@ -143,7 +143,6 @@ def estimate_diffuse(columns: FilterOutput, observed: Array) -> tuple[DiffuseEff
 
     Args:
         columns: filter output of every column, leading axes 1 + d and T.
-        observed: (T, N).
 
     Returns:
         Estimates from data up to t, leading axis T, NaN where $\delta$ is not identified; and the
@@ -158,7 +157,7 @@ def estimate_diffuse(columns: FilterOutput, observed: Array) -> tuple[DiffuseEff
     # Equilibrated, so that states on different scales are not taken for unidentified.
     balanced = to_lanes(information / (scale[:, None] * scale[None]))
     factor = psd_cholesky(balanced)
-    pivots = jnp.stack([factor[i, i] for i in range(factor.shape[0])])
+    pivots = diagonal_of(factor)
     level = 100 * jnp.finfo(scaled.dtype).eps
     known = is_regular(factor) & jnp.all(pivots * pivots > level, axis=0)
     eye = jnp.eye(len(scale), dtype=scaled.dtype)
@@ -171,7 +170,7 @@ def estimate_diffuse(columns: FilterOutput, observed: Array) -> tuple[DiffuseEff
     log_det = log_det + 2 * jnp.sum(jnp.log(scale))
     # The density of a residual of zero, and then of the standardized residual.
     at_zero = columns._replace(residual=jnp.zeros_like(columns.residual))
-    at_zero = log_density(jax.tree.map(lambda leaf: leaf[0], at_zero), observed)
+    at_zero = log_density(jax.tree.map(lambda leaf: leaf[0], at_zero))
     value = jnp.sum(at_zero) - 0.5 * jnp.sum(residual * residual) - 0.5 * log_det
     # NaN comes last: times a zero cotangent it would be NaN in the derivative of what is known.
     effect = DiffuseEffect(

@@ -112,7 +112,7 @@ def posterior_of(
     """Return the posterior of a linearized model, with the log-likelihood that it implies."""
     filtered, smoothed = filter_and_smooth(linearized.model, form, backend)
     cross = smoothed.lagged + smoothed.mean[:-1, :, None] * smoothed.mean[1:, None, :]
-    density = log_density(filtered, linearized.model.observed)
+    density = log_density(filtered)
     value = jnp.sum(density) + jnp.sum(linearized.log_scale)
     return PosteriorGSSMSmoothed(
         value, filtered.mean, filtered.cov, smoothed.mean, smoothed.cov, cross

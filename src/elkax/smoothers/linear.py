@@ -14,8 +14,10 @@ from jaxtyping import Array, ArrayLike
 
 from elkax.gaussian import Covariance, Form, Model
 from elkax.gaussian.costates import filter_model
+from elkax.gaussian.decorrelation import uncorrelate
 from elkax.gaussian.kalman import FilterOutput, log_density
 from elkax.gaussian.score import filter_moments, log_likelihood, with_derivative_of
+from elkax.gaussian.sharing import share_mask
 from elkax.gaussian.smoothing import Smoothed, bryson_frazier, smooth
 from elkax.scan import Backend
 from elkax.scan.lanes import from_lanes, to_lanes
@@ -38,6 +40,7 @@ def filter_and_smooth(model: Model, form: Any, backend: Backend | None) -> Filte
     Differentiated as the covariance-form filter and Bryson-Frazier smoother, which solve with no
     state covariance.
     """
+    model = uncorrelate(model)
 
     def by_costates(model: Model) -> FilterSmoother:
         filtered = filter_model(model, Covariance(), backend)
@@ -84,13 +87,15 @@ def poison(value: Array, finite: Array) -> Array:
 def _filter(
     model: Model, finite: Array, *, form: Form, backend: Backend | None, initial: Initial
 ) -> PosteriorGSSMFiltered:
-    if not isinstance(initial, ExactDiffuse):
-        filtered = filter_moments(model, form, backend)
-        value = jnp.sum(log_density(filtered, model.observed))
-        return PosteriorGSSMFiltered(poison(value, finite), filtered.mean, filtered.cov)
-    columns = initial.run(lambda m: filter_moments(m, form, backend), model)
-    effect, value = estimate_diffuse(columns, model.observed)
-    mean, cov = integrate(columns.mean, columns.cov[0], effect.mean, effect.cov)
+    def solve(model: Model) -> tuple[Array, Array, Array]:
+        if not isinstance(initial, ExactDiffuse):
+            filtered = filter_moments(model, form, backend)
+            return jnp.sum(log_density(filtered)), filtered.mean, filtered.cov
+        columns = initial.run(lambda m: filter_moments(m, form, backend), model)
+        effect, value = estimate_diffuse(columns)
+        return value, *integrate(columns.mean, columns.cov[0], effect.mean, effect.cov)
+
+    value, mean, cov = share_mask(solve, model)
     return PosteriorGSSMFiltered(poison(value, finite), mean, cov)
 
 
@@ -98,20 +103,21 @@ def _filter(
 def _smoother(
     model: Model, finite: Array, *, form: Form, backend: Backend | None, initial: Initial
 ) -> PosteriorGSSMSmoothed:
-    if not isinstance(initial, ExactDiffuse):
-        both, smoothed = filter_and_smooth(model, form, backend)
-        value, filtered = jnp.sum(log_density(both, model.observed)), (both.mean, both.cov)
-    else:
+    def solve(model: Model) -> tuple[Array, Array, Array, Smoothed]:
+        if not isinstance(initial, ExactDiffuse):
+            filtered, smoothed = filter_and_smooth(model, form, backend)
+            return jnp.sum(log_density(filtered)), filtered.mean, filtered.cov, smoothed
         columns, given = initial.run(lambda m: filter_and_smooth(m, form, backend), model)
-        effect, value = estimate_diffuse(columns, model.observed)
-        filtered = integrate(columns.mean, columns.cov[0], effect.mean, effect.cov)
+        effect, value = estimate_diffuse(columns)
+        mean, cov = integrate(columns.mean, columns.cov[0], effect.mean, effect.cov)
         last = effect.mean[-1], effect.cov[-1]
-        mean, cov = integrate(given.mean, given.cov[0], *last)
         _, lagged = integrate(given.mean[:, :-1], given.lagged[0], *last, other=given.mean[1:, 1:])
-        smoothed = Smoothed(mean, cov, lagged)
+        return value, mean, cov, Smoothed(*integrate(given.mean, given.cov[0], *last), lagged)
+
+    value, mean, cov, smoothed = share_mask(solve, model)
     cross = smoothed.lagged + smoothed.mean[:-1, :, None] * smoothed.mean[1:, None, :]
     return PosteriorGSSMSmoothed(
-        poison(value, finite), *filtered, smoothed.mean, smoothed.cov, cross
+        poison(value, finite), mean, cov, smoothed.mean, smoothed.cov, cross
     )
 
 
@@ -121,8 +127,12 @@ def _marginal_log_prob(
 ) -> Array:
     if not isinstance(initial, ExactDiffuse):
         return poison(log_likelihood(model, form, backend), finite)
-    columns = initial.run(lambda m: filter_moments(m, form, backend), model)
-    return poison(estimate_diffuse(columns, model.observed)[1], finite)
+
+    def solve(model: Model) -> Array:
+        columns = initial.run(lambda m: filter_moments(m, form, backend), model)
+        return estimate_diffuse(columns)[1]
+
+    return poison(share_mask(solve, model), finite)
 
 
 def lgssm_filter(

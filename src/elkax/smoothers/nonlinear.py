@@ -69,7 +69,7 @@ def filter_system(
             return _update(form, mean, stored, observation), observation
 
         output, observation = take_in(mean, stored)
-        density = log_density(output, observation.observed) + observation.log_scale
+        density = log_density(output) + observation.log_scale
         if num_iter > 1:
 
             def again(_: Array, carry: tuple) -> tuple:
@@ -138,7 +138,13 @@ def smooth_moments(
     stored = from_lanes(form.encode(to_lanes(covs)))
     nothing = jnp.zeros_like(model.values)
     output = FilterOutput(
-        means, jnp.zeros_like(means), stored, means - predicted, nothing, jnp.ones_like(nothing)
+        mean=means,
+        low=jnp.zeros_like(means),
+        cov=stored,
+        correction=means - predicted,
+        residual=nothing,
+        variance=jnp.ones_like(nothing),
+        observed=model.observed,
     )
     return smooth(model, output, form, backend)
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, ArrayLike
 
 from elkax.gaussian import KalmanFilter, Model
 from elkax.gaussian.costates import encode_model
+from elkax.gaussian.decorrelation import uncorrelate
 from elkax.gaussian.kalman import constant_part, log_density, merge, over_time
 from elkax.smoothers.linear import poison
 from elkax.smoothers.prepare import check_symmetric, find_form, prepare
@@ -89,13 +90,13 @@ def lgssm_online_step(
     now = _at(params, state.time, emission.shape[0])
     problem = prepare(now, emission[None], inputs, continues=True)
     first = state.time == 0
-    model = _here(encode_model(problem.model, stored))._replace(
+    model = _here(encode_model(uncorrelate(problem.model), stored))._replace(
         initial_mean=state.mean, initial_cov=state.covariance, first=first.astype(state.mean.dtype)
     )
     before = jnp.where(first, 0.0, state.mean), state.low, jnp.where(first, 0.0, state.covariance)
     kalman = KalmanFilter(model, stored)
     (mean, low, cov), output = kalman.step(before, Model(*([None] * len(model))))
-    density = poison(log_density(output, model.observed), problem.finite)
+    density = poison(log_density(output), problem.finite)
     return OnlineState(mean, cov, state.marginal_loglik + density, state.time + 1, low)
 
 

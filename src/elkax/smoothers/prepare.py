@@ -10,7 +10,7 @@ from dynamax.linear_gaussian_ssm import ParamsLGSSM
 from jaxtyping import Array, ArrayLike
 
 from elkax.gaussian import Covariance, Form, Model, SquareRoot
-from elkax.gaussian.decorrelation import decorrelate
+from elkax.gaussian.decorrelation import uncorrelate
 
 FORMS: dict[str, Form] = {"covariance": Covariance(), "square_root": SquareRoot()}
 
@@ -19,7 +19,7 @@ class Problem(NamedTuple):
     """A model with its data, as the kernels need it and as the user gave it.
 
     Attributes:
-        model: with uncorrelated measurement errors; covariances themselves.
+        model: covariances themselves.
         weights: $H$, (N, D) or (T, N, D).
         offset: $d_t + D_tu_t$, (N,) or (T, N).
         cov: $R$, (N,), (T, N), (N, N) or (T, N, N) as given.
@@ -289,20 +289,21 @@ def _assemble(
     residual = jnp.where(observed, emissions - shift, 0.0)
     parts = (initial.mean, initial.cov, *moving.values(), h, shift, r)
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in parts]))
-    rows, variances, values, used = h, r, residual, observed
-    if full:
-        rows, variances, values, used = decorrelate(h, r, residual, observed)
     model = Model(
         initial_mean=initial.mean,
         initial_cov=initial.cov,
         **moving,
-        rows=rows,
-        variances=variances,
-        values=values,
-        observed=used,
+        rows=h,
+        variances=None if full else r,
+        values=residual,
+        observed=observed,
         first=(jnp.arange(length) == 0).astype(emissions.dtype),
         valid=valid,
+        correlated=r if full else None,
     )
+    if is_concrete(r, observed) and bool(jnp.all(observed.all(1) | ~observed.any(1))):
+        # Then one factor serves all times.
+        model = uncorrelate(model)
     return Problem(model, h, shift, r, not full, jnp.where(observed, emissions, jnp.nan), finite)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike
 
 from elkax.gaussian import FilterOutput, Form, Model
 from elkax.gaussian.costates import Costates, find_costates
+from elkax.gaussian.decorrelation import uncorrelate
 from elkax.gaussian.factor import psd_cholesky, solve_lower, unit_ldl
 from elkax.gaussian.score import filter_moments
 from elkax.scan import Backend
@@ -155,6 +156,7 @@ def _dynamics_disturbances(
     model: Model, *, form: Form, backend: Backend | None, initial: Initial
 ) -> tuple[Array, Array]:
     def solve(model: Model) -> tuple[FilterOutput, Costates]:
+        model = uncorrelate(model)
         filtered = filter_moments(model, form, backend)
         return filtered, find_costates(model, filtered, backend)
 
@@ -168,7 +170,7 @@ def _dynamics_disturbances(
         _, costates = solve(model)
         return moments(*costates)
     filtered, costates = initial.run(solve, model)
-    effect, _ = estimate_diffuse(filtered, model.observed)
+    effect, _ = estimate_diffuse(filtered)
     mean, cov = moments(costates.vector, costates.matrix[0])
     return integrate(mean, cov, effect.mean[-1], effect.cov[-1])
 

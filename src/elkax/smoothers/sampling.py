@@ -9,6 +9,7 @@ from dynamax.linear_gaussian_ssm import ParamsLGSSM
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, UInt32
 
 from elkax.gaussian import Form, Model
+from elkax.gaussian.decorrelation import uncorrelate
 from elkax.gaussian.factor import psd_cholesky
 from elkax.scan import Backend, affine_scan
 from elkax.scan.lanes import from_lanes, matvec, to_lanes
@@ -151,6 +152,7 @@ def draw_posterior(
     initial: Initial,
 ) -> Array:
     """Draw trajectories (num_samples, T, D) from the posterior of a prepared model."""
+    model = uncorrelate(model)
 
     def correct(key: Key) -> Array:
         state_key, emission_key = jr.split(key)
@@ -173,6 +175,6 @@ def smoothed_mean(model: Model, form: Form, backend: Backend | None, initial: In
     if not isinstance(initial, ExactDiffuse):
         return filter_and_smooth(model, form, backend).smoothed.mean
     columns = initial.run(lambda m: filter_and_smooth(m, form, backend), model)
-    effect, _ = estimate_diffuse(columns.filtered, model.observed)
+    effect, _ = estimate_diffuse(columns.filtered)
     given = columns.smoothed
     return integrate(given.mean, given.cov[0], effect.mean[-1], effect.cov[-1])[0]
