@@ -95,7 +95,8 @@ def product(a: Shaped[Array, "n k *lanes_a"], b: Shaped[Array, "k m *lanes_b"]) 
 
 def diagonal_of(a: Shaped[Array, "n n *lanes"]) -> Array:
     r"""Return the diagonal in every lane, shape (n, lanes)."""
-    return a.reshape((-1, *a.shape[2:]))[:: a.shape[0] + 1]
+    size = a.shape[0]
+    return a.reshape((size * size, *a.shape[2:]))[:: size + 1]
 
 
 def split_identity(a: Shaped[Array, "n n *lanes"]) -> tuple[Array, Array]:

@@ -67,7 +67,8 @@ class ExactDiffuse:
     and $\delta$ is integrated out afterwards. The log-likelihood is the diffuse one,
     $\lim_{\kappa\to\infty}\log p(y \mid \kappa) + \tfrac d2\log\kappa$
     $= \ell(0) + \tfrac12\eta^\top J^{-1}\eta - \tfrac12\log|J|$. Filtered moments are NaN at the
-    times at which the data so far do not identify $\delta$.
+    times at which the data so far do not identify $\delta$. An emission without error (R = 0) of
+    states that nothing else disturbs has no density given $\delta$: the likelihood is then NaN.
 
     Args:
         components: which states are diffuse, one bool each; all if None.
