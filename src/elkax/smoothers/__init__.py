@@ -30,6 +30,7 @@ from elkax.smoothers.residuals import (
     lgssm_innovations,
 )
 from elkax.smoothers.sampling import lgssm_joint_sample, lgssm_posterior_sample
+from elkax.smoothers.stationarity import laplace_log_prob
 from elkax.smoothers.system import ParamsDistributionSSM
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "gaussian_filter",
     "gaussian_smoother",
     "iterated_smoother",
+    "laplace_log_prob",
     "lgssm_disturbances",
     "lgssm_filter",
     "lgssm_forecast",

@@ -21,6 +21,7 @@ from elkax.smoothers.linear import filter_and_smooth
 from elkax.smoothers.linearization import Linearized, linearize
 from elkax.smoothers.nonlinear import filter_system, smooth_filtered
 from elkax.smoothers.prepare import check_backend, check_count, find_form, real_array
+from elkax.smoothers.stationarity import at_fixed_point, at_least_cost, minimises
 from elkax.smoothers.system import Data, NonlinearParams, System, prepare_system
 
 
@@ -85,15 +86,23 @@ def _solve(
     hessian = hessian_diagonal(linearize(system, data, linearizer, means, covs))
     zero = jnp.zeros((), means.dtype)
     start = Point(means, covs, damping.start(hessian), zero, jnp.full((), jnp.inf, means.dtype))
+    # Derivatives are those of the end, not of the way there.
+    start = jax.lax.stop_gradient(start)
+    step, closed = jax.closure_convert(partial(advance, solver), start)
+    closed = jax.lax.stop_gradient(closed)
     point, outcome = iterate(
-        partial(advance, solver),
+        lambda point: step(point, *closed),
         start,
         max_iters=max_iters,
         tolerance=Tolerance(tolerance, tolerance),
         history=history,
     )
-    linearized = linearize(system, data, linearizer, point.means, point.covs)
-    misfit = measure(system, data, linearizer, linearized, point.means, point.covs)
+    if point.covs is None and minimises(system):
+        means, covs = at_least_cost(system, data, point.means), None
+    else:
+        means, covs = at_fixed_point(data, point.means, point.covs)
+    linearized = linearize(system, data, linearizer, means, covs)
+    misfit = measure(system, data, linearizer, linearized, means, covs)
     info = Info(
         outcome.status,
         outcome.iterations,
@@ -103,7 +112,7 @@ def _solve(
         misfit.violation(),
         outcome.history,
     )
-    return Solution(posterior_of(linearized, form, backend), point.means, info)
+    return Solution(posterior_of(linearized, form, backend), means, info)
 
 
 def posterior_of(
@@ -164,11 +173,14 @@ def iterated_smoother(
     Returns:
         Posterior, trajectory and `Info`. If a start is not finite, the initial mean at all times
         takes its place. One iteration costs O(T D^3 + T N D^2) and as many evaluations of f and h
-        and their derivatives as the linearizer takes. Not differentiable in reverse mode.
+        and their derivatives as the linearizer takes. With `Taylor()` the trajectory at
+        convergence, and so the posterior, has the derivative of the implicit function theorem with
+        the exact Hessian of the MAP cost, whatever the number of iterations.
 
     Raises:
         ValueError: on shapes that do not fit, an unknown form or start.
         TypeError: on functions of another signature, a damping, linearizer or backend that is none.
+        NotImplementedError: where it is differentiated and does not minimise the MAP cost.
 
     References:
         Bell (1994), SIAM Journal on Optimization 4(3); García-Fernández, Svensson & Särkkä (2017),
