@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
-from jax.extend.core import Primitive
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, PyTree
 
@@ -35,40 +35,40 @@ def with_vmap_rule(
     """
     leaves, tree = jax.tree.flatten(args)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
+    # Traced once: what is nested would otherwise be traced several times at every level.
+    jaxpr, shapes = jax.make_jaxpr(
+        lambda *leaves: plain(*tree.unflatten(leaves)), return_shape=True
+    )(*leaves)
+    results = jax.tree.structure(shapes)
 
     def function(leaves: Leaves) -> Any:
-        return plain(*tree.unflatten(leaves))
+        return results.unflatten(jaxpr_as_fun(jaxpr)(*leaves))
 
-    results = jax.tree.structure(jax.eval_shape(function, leaves))
-    flat = _batchable.bind(
-        *leaves,
-        function=lambda *leaves: jax.tree.leaves(function(list(leaves))),
-        rule=make_rule(function),
-    )
-    return results.unflatten(flat)
+    return results.unflatten(_batchable.bind(*leaves, jaxpr=jaxpr, rule=make_rule(function)))
 
 
 @_batchable.def_impl
-def _evaluate(*leaves: Array, function: Callable, rule: Rule) -> Leaves:
+def _evaluate(*leaves: Array, jaxpr: ClosedJaxpr, rule: Rule) -> Leaves:
     del rule
-    return function(*leaves)
+    return jaxpr_as_fun(jaxpr)(*leaves)
 
 
 @_batchable.def_abstract_eval
-def _shapes(*leaves: Any, function: Callable, rule: Rule) -> list[ShapedArray]:
-    del rule
-    return [ShapedArray(x.shape, x.dtype) for x in jax.eval_shape(function, *leaves)]
+def _shapes(*leaves: Any, jaxpr: ClosedJaxpr, rule: Rule) -> list:
+    del leaves, rule
+    return jaxpr.out_avals
 
 
 def _jvp(
-    primals: Leaves, tangents: Sequence, *, function: Callable, rule: Rule
+    primals: Leaves, tangents: Sequence, *, jaxpr: ClosedJaxpr, rule: Rule
 ) -> tuple[list, list]:
     del rule
     moving = [not isinstance(tangent, ad.Zero) for tangent in tangents]
 
     def along(*some: Array) -> Leaves:
         given = iter(some)
-        return function(*(next(given) if m else p for m, p in zip(moving, primals, strict=True)))
+        leaves = [next(given) if m else p for m, p in zip(moving, primals, strict=True)]
+        return jaxpr_as_fun(jaxpr)(*leaves)
 
     points = [p for p, m in zip(primals, moving, strict=True) if m]
     values, changes = jax.jvp(
@@ -81,8 +81,8 @@ def _jvp(
     ]
 
 
-def _batch(leaves: Leaves, axes: Sequence, *, function: Callable, rule: Rule) -> tuple[list, list]:
-    del function
+def _batch(leaves: Leaves, axes: Sequence, *, jaxpr: ClosedJaxpr, rule: Rule) -> tuple[list, list]:
+    del jaxpr
     flags = [axis is not None for axis in axes]
     leaves = [
         jnp.moveaxis(leaf, axis, 0) if flag else leaf
