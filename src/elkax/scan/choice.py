@@ -13,7 +13,7 @@ from elkax.scan.sequential import Sequential
 from elkax.scan.series import run_series
 
 # From this many on, series under `vmap` fill the vector lanes of a CPU by themselves.
-MANY_SERIES = 32
+MANY_SERIES = 8
 
 
 def choose(
