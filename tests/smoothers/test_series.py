@@ -128,8 +128,9 @@ def test_what_the_series_have_in_common_is_computed_once():
     program = jax.vmap(partial(elkax.lgssm_filter, problem.params))
     shared = _branches(jax.make_jaxpr(program)(batch).jaxpr)[-1]
     (loop,) = [eqn for eqn in _equations(shared.jaxpr) if eqn.primitive.name == "scan"]
-    carried = [v.aval.shape for v in loop.outvars[: loop.params["num_carry"]]]
-    assert carried == [(2, 7), (2, 7), (2, 2)]
+    shapes = {v.aval.shape for v in loop.outvars}
+    assert {(2, 7), (2, 2), (T, 2, 2)} <= shapes
+    assert not {(2, 2, 7), (T, 2, 2, 7)} & shapes
 
 
 def _equations(jaxpr):
