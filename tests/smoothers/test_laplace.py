@@ -240,13 +240,19 @@ def test_no_value_where_the_cost_has_no_minimum():
     assert jnp.isnan(elkax.laplace_log_prob(spoiled, emissions, trajectory=found))
 
 
-def test_what_minimises_no_cost_is_not_differentiated():
-    def value(theta):
-        points = elkax.SigmaPoints()
-        return jnp.sum(solve(theta, "strong squares", linearizer=points).trajectory)
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_minimises_no_cost_is_not_differentiated(which):
+    """Neither in what the functions close over (a) nor in an array (q)."""
+
+    def value(number):
+        theta = [*THETA]
+        theta[which] = number
+        options = {"linearizer": elkax.SigmaPoints(), "max_iters": 2}
+        solution = elkax.iterated_smoother(strong_squares(theta), EMISSIONS, **options)
+        return jnp.sum(solution.trajectory)
 
     with pytest.raises(NotImplementedError, match="with the linearizer Taylor()"):
-        jax.eval_shape(jax.grad(value), THETA)
+        jax.eval_shape(jax.grad(value), THETA[which])
 
 
 def test_bad_input():

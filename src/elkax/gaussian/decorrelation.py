@@ -45,8 +45,7 @@ def decorrelate(
     if isinstance(exact, jax.core.Tracer) or bool(exact.any()):
         order = jnp.argsort(exact, axis=-1, stable=True)
         rows, cov, values, observed = _reorder(order, rows, cov, values, observed)
-    # A row that is missing as a whole needs no factor of its own.
-    whole = observed.all(1) | ~observed.any(1)
+    whole = needs_no_own_factor(observed)
     if cov.ndim == 3:
         return *_decorrelate_each(rows, cov, values, observed), observed
     if not isinstance(whole, jax.core.Tracer) and bool(whole.all()):
@@ -63,6 +62,11 @@ def decorrelate(
 
     new = where_sound(whole, alike, lambda: _decorrelate_each(rows, cov, values, observed))
     return *new, observed
+
+
+def needs_no_own_factor(observed: Array) -> Array:
+    """Tell for every time (T,) whether all of its entries are observed, or none."""
+    return observed.all(1) | ~observed.any(1)
 
 
 def _reorder(

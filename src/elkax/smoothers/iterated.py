@@ -89,9 +89,9 @@ def _solve(
     # Derivatives are those of the end, not of the way there.
     start = jax.lax.stop_gradient(start)
     step, closed = jax.closure_convert(partial(advance, solver), start)
-    closed = jax.lax.stop_gradient(closed)
+    fixed = jax.lax.stop_gradient(closed)
     point, outcome = iterate(
-        lambda point: step(point, *closed),
+        lambda point: step(point, *fixed),
         start,
         max_iters=max_iters,
         tolerance=Tolerance(tolerance, tolerance),
@@ -100,7 +100,7 @@ def _solve(
     if point.covs is None and minimises(system):
         means, covs = at_least_cost(system, data, point.means), None
     else:
-        means, covs = at_fixed_point(data, point.means, point.covs)
+        means, covs = at_fixed_point(closed, point.means, point.covs)
     linearized = linearize(system, data, linearizer, means, covs)
     misfit = measure(system, data, linearizer, linearized, means, covs)
     info = Info(

@@ -10,7 +10,7 @@ from dynamax.linear_gaussian_ssm import ParamsLGSSM
 from jaxtyping import Array, ArrayLike
 
 from elkax.gaussian import Covariance, Form, Model, SquareRoot
-from elkax.gaussian.decorrelation import uncorrelate
+from elkax.gaussian.decorrelation import needs_no_own_factor, uncorrelate
 
 FORMS: dict[str, Form] = {"covariance": Covariance(), "square_root": SquareRoot()}
 
@@ -301,8 +301,7 @@ def _assemble(
         valid=valid,
         correlated=r if full else None,
     )
-    if is_concrete(r, observed) and bool(jnp.all(observed.all(1) | ~observed.any(1))):
-        # Then one factor serves all times.
+    if full and is_concrete(r, observed) and bool(needs_no_own_factor(observed).all()):
         model = uncorrelate(model)
     return Problem(model, h, shift, r, not full, jnp.where(observed, emissions, jnp.nan), finite)
 
