@@ -1,6 +1,17 @@
+import importlib.metadata
+import os
+
 import jax
 import pytest
 from jaxtyping import config, install_import_hook
+
+# Most of the time of the tests is compilation of programs that run once: compile fast instead of
+# well. Read when JAX first computes; the processes of pytest-xdist inherit it.
+_flags = ["--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # The emitters that later versions no longer have take half as long.
+    _flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
 
 jax.config.update("jax_enable_x64", True)
 

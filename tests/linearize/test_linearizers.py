@@ -9,7 +9,6 @@ import pytest
 
 from elkax.linearize import Cubature, GaussHermite, SigmaPoints, Taylor, Unscented
 
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 RULES = {
     "cubature": Cubature(),
     "unscented": Unscented(),
@@ -41,7 +40,7 @@ def cubic(z):
 
 @cache
 def compiled(name, function):
-    return jax.jit(partial(LINEARIZERS[name], function), compiler_options=FAST_COMPILE)
+    return jax.jit(partial(LINEARIZERS[name], function))
 
 
 @every_linearizer

@@ -35,14 +35,13 @@ FLOOR = 1e-15 / RTOL
 
 
 # Most of the time of these tests is compilation, and machine-code optimisations a third of that.
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 @cache
 def compiled(function, backend, form, **options):
     """A jitted function of the package, shared by every test that asks for the same one."""
     function = partial(getattr(elkax, function), backend=BACKENDS[backend], form=form, **options)
-    return jax.jit(function, compiler_options=FAST_COMPILE)
+    return jax.jit(function)
 
 
 def smooth_to_length(backend, form, params, emissions, inputs, length):
@@ -55,7 +54,7 @@ def smooth_to_length(backend, form, params, emissions, inputs, length):
 @cache
 def compiled_smoother(backend, form):
     """`smooth_to_length` jitted: the one program of the contract's problems and lengths."""
-    return jax.jit(partial(smooth_to_length, backend, form), compiler_options=FAST_COMPILE)
+    return jax.jit(partial(smooth_to_length, backend, form))
 
 
 @cache

@@ -23,7 +23,6 @@ from problems import (
 )
 from smoothers.linear_checks import (
     BACKENDS,
-    FAST_COMPILE,
     FORMS,
     check_log_likelihood,
     check_moments,
@@ -205,7 +204,7 @@ def test_gradient_of_the_exact_diffuse_likelihood():
             backend=BACKENDS["blocked"],
         )
 
-    gradient = jax.jit(jax.grad(value), compiler_options=FAST_COMPILE)(jnp.ones(3))
+    gradient = jax.jit(jax.grad(value))(jnp.ones(3))
     np.testing.assert_allclose(gradient, list(diffuse_slopes().values()), rtol=1e-8)
 
 

@@ -15,7 +15,7 @@ import pytest
 import elkax
 from oracles import LONG, dense, dense_log_likelihood, model_arrays
 from problems import ar2, varying, with_inputs, with_missing
-from smoothers.linear_checks import BACKENDS, FAST_COMPILE, FEW_WAYS, within
+from smoothers.linear_checks import BACKENDS, FEW_WAYS, within
 
 T = 5
 ZERO = np.zeros((2, 2))
@@ -98,7 +98,7 @@ def gradient_function(backend, form):
             params, emissions, inputs, backend=BACKENDS[backend], form=form
         )
 
-    return jax.jit(jax.grad(value), compiler_options=FAST_COMPILE)
+    return jax.jit(jax.grad(value))
 
 
 @pytest.mark.parametrize("name", SAME_STRUCTURE)
@@ -135,9 +135,7 @@ def test_gradient_ignores_padding():
         dynamics=jax.tree.map(pad, params.dynamics), emissions=jax.tree.map(pad, params.emissions)
     )
     value = partial(elkax.lgssm_marginal_log_prob, length=length)
-    gradient = jax.jit(jax.grad(value), compiler_options=FAST_COMPILE)(
-        padded, pad(problem.emissions), pad(problem.inputs)
-    )
+    gradient = jax.jit(jax.grad(value))(padded, pad(problem.emissions), pad(problem.inputs))
     tail = jax.tree.map(lambda x: x[length:], (gradient.dynamics, gradient.emissions))
     for leaf in jax.tree.leaves(tail):
         np.testing.assert_array_equal(leaf, 0.0)
@@ -148,7 +146,7 @@ def test_gradient_ignores_padding():
 def test_gradient_under_vmap():
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(POINTS.get, SAME_STRUCTURE))
     value = partial(elkax.lgssm_marginal_log_prob, form="square_root")
-    gradients = jax.jit(jax.vmap(jax.grad(value)), compiler_options=FAST_COMPILE)(*stacked)
+    gradients = jax.jit(jax.vmap(jax.grad(value)))(*stacked)
     for i, name in enumerate(SAME_STRUCTURE):
         check_gradient(jax.tree.map(lambda x, i=i: x[i], gradients), name)
 
@@ -157,7 +155,7 @@ def test_gradient_with_respect_to_emissions_and_inputs():
     """Zero for what is missing, and the reference's differences for the rest."""
     problem = POINTS["missing, zero Q"]
     gradient = jax.grad(elkax.lgssm_marginal_log_prob, argnums=(1, 2))
-    gradients = jax.jit(gradient, compiler_options=FAST_COMPILE)(*problem)
+    gradients = jax.jit(gradient)(*problem)
     for field, gradient in zip(("emissions", "inputs"), gradients, strict=True):
         data = np.asarray(getattr(problem, field)).astype(LONG)
         expected = np.zeros(data.shape)
@@ -189,7 +187,7 @@ def test_forward_mode(form):
 
         return jax.jvp(value, (problem.params,), (direction,))[1]
 
-    slope = jax.jit(slope, compiler_options=FAST_COMPILE)
+    slope = jax.jit(slope)
     for name in ("regular", "missing, zero Q"):
         direction = jax.tree_util.tree_map_with_path(draw, POINTS[name].params)
         terms = jax.tree.map(lambda g, v: np.sum(g * v), expected_gradient(name), direction)
@@ -247,7 +245,7 @@ def test_hessian(form):
     def value(theta, problem):
         return elkax.lgssm_marginal_log_prob(*at(theta, problem), form=form)
 
-    hessian = jax.jit(jax.hessian(value), compiler_options=FAST_COMPILE)
+    hessian = jax.jit(jax.hessian(value))
     for name in ("regular", "missing", "zero Q", "missing, zero Q"):
         actual, expected = hessian(jnp.array(THETA), POINTS[name]), expected_hessian(name)
         # Differences of differences are good to 1e-9 of the largest entry.
@@ -258,7 +256,7 @@ def test_hessian_in_reverse_over_reverse():
     def value(theta):
         return elkax.lgssm_marginal_log_prob(*at(theta, POINTS["missing"]))
 
-    hessian = jax.jit(jax.jacrev(jax.jacrev(value)), compiler_options=FAST_COMPILE)
+    hessian = jax.jit(jax.jacrev(jax.jacrev(value)))
     expected = expected_hessian("missing")
     within(hessian(jnp.array(THETA)), expected, 1e-8 * np.max(np.abs(expected)), "Hessian ")
 
@@ -279,7 +277,7 @@ def test_gradient_of_smoothed_moments(backend, form):
         options = {"backend": BACKENDS[backend], "form": form}
         return weigh(elkax.lgssm_smoother(*at(theta, problem), **options))
 
-    gradient = jax.jit(jax.grad(value), compiler_options=FAST_COMPILE)
+    gradient = jax.jit(jax.grad(value))
     for name in ("regular", "missing", "zero Q", "zero Q and P0", "missing, zero Q"):
         problem = POINTS[name]
         long, expected = in_long_double(problem), []

@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 
 import elkax
 from elkax import ClippedHessian, Fisher, GaussHermite, ParamsDistributionSSM, SigmaPoints, Status
-from smoothers.linear_checks import FAST_COMPILE, within
+from smoothers.linear_checks import within
 
 T = 8
 RNG = np.random.default_rng(4)
@@ -85,7 +85,7 @@ def smooth(distribution, curvature, emissions, **options):
         elkax.iterated_smoother, params, max_iters=100, backend=elkax.Sequential(), **options
     )
     # From a constant, which takes less to compile than a pass of the filter.
-    smooth = jax.jit(lambda y: function(y, start=MEAN), compiler_options=FAST_COMPILE)
+    smooth = jax.jit(lambda y: function(y, start=MEAN))
     return smooth(jnp.asarray(emissions))
 
 

@@ -1,7 +1,5 @@
 """A long series in float32 against the same in float64."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import numpy as np
 import elkax
 from elkax import Status
 from nonlinear_problems import gaussian_params, simulate
-from smoothers.linear_checks import FAST_COMPILE, within
+from smoothers.linear_checks import within
 
 T = 10_000
 
@@ -29,7 +27,7 @@ def test_float32_stays_near_float64():
     names = ("initial_mean", "initial_covariance", "dynamics_covariance", "emission_covariance")
 
     def smooth(dtype, backend):
-        @partial(jax.jit, compiler_options=FAST_COMPILE)
+        @jax.jit
         def run(arrays, emissions):
             start = arrays["initial_mean"]
             cast = params._replace(**arrays)

@@ -20,7 +20,7 @@ from elkax import (
 )
 from oracles import dense, model_arrays
 from problems import make_params
-from smoothers.linear_checks import BACKENDS, FAST_COMPILE, check_smoothed, within
+from smoothers.linear_checks import BACKENDS, check_smoothed, within
 
 RNG = np.random.default_rng(8)
 T, D, N, U = 7, 2, 2, 1
@@ -78,7 +78,7 @@ def smooth(name, *, max_iters, start="prior", **options):
 
     return COMPILED.setdefault(
         (max_iters, str(start), *map(str, options.values())),
-        jax.jit(run, compiler_options=FAST_COMPILE),
+        jax.jit(run),
     )(Q, R, P0, jnp.asarray(EMISSIONS), jnp.asarray(INPUTS))
 
 
@@ -148,7 +148,7 @@ def test_one_time_step():
         )
         return elkax.iterated_smoother(params, emissions, damping=GaussNewton(), max_iters=2)
 
-    solution = jax.jit(partial(run), compiler_options=FAST_COMPILE)(jnp.array([[3.0]]))
+    solution = jax.jit(partial(run))(jnp.array([[3.0]]))
     # Prior N(1, 1), y = 2 z + N(0, 1): precision 5, mean (1 + 2 * 3) / 5.
     np.testing.assert_allclose(solution.posterior.smoothed_means, [[1.4]], rtol=1e-12)
     np.testing.assert_allclose(solution.posterior.smoothed_covariances, [[[0.2]]], rtol=1e-12)

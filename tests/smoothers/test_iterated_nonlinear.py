@@ -10,7 +10,7 @@ from dynamax.linear_gaussian_ssm import PosteriorGSSMSmoothed
 from scipy.optimize import minimize
 
 import elkax
-from elkax import GaussNewton, LevenbergMarquardt, LineSearch, SigmaPoints, Status
+from elkax import GaussNewton, LevenbergMarquardt, LineSearch, SigmaPoints, Status, TrustRegion
 from nonlinear_problems import (
     coordinated_turn,
     gaussian_params,
@@ -20,11 +20,7 @@ from nonlinear_problems import (
     ungm_emission,
     wrap,
 )
-from smoothers.linear_checks import BACKENDS, FAST_COMPILE, within
-
-
-def compiled(function):
-    return jax.jit(function, compiler_options=FAST_COMPILE)
+from smoothers.linear_checks import BACKENDS, within
 
 
 def gaussian_cost(params, emissions, inputs=None, residual=jnp.subtract):
@@ -101,7 +97,7 @@ def test_one_step_is_the_dense_one(second_order):
     """Damped enough for the second derivatives to leave every block positive definite."""
     damping = LevenbergMarquardt(initial=1.0, second_order=second_order)
     smooth = partial(elkax.iterated_smoother, SWING, damping=damping, max_iters=1)
-    solution = compiled(lambda y, start: smooth(y, start=start))(EMISSIONS, START)
+    solution = jax.jit(lambda y, start: smooth(y, start=start))(EMISSIONS, START)
     assert solution.info.status == Status.MAX_ITERS and solution.info.iterations == 1
     expected = dense_step(START, 1.0, second_order)
     within(solution.trajectory, expected, 1e-9, "states")
@@ -118,7 +114,7 @@ def swing_solution(backend, form, damping):
         form=form,
         history=True,
     )
-    return compiled(lambda y, start: smooth(y, start=start))(EMISSIONS, START)
+    return jax.jit(lambda y, start: smooth(y, start=start))(EMISSIONS, START)
 
 
 def test_backends_take_the_same_steps():
@@ -132,9 +128,8 @@ def test_backends_take_the_same_steps():
         np.testing.assert_allclose(ours, theirs, rtol=1e-8, atol=1e-9)
 
 
-def test_solution_is_a_minimum():
+def check_minimum(solution):
     """SciPy does not lower it, the cost is the cost, and the posterior is centred on it."""
-    solution = swing_solution("blocked", "covariance", LevenbergMarquardt())
     cost = gaussian_cost(SWING, EMISSIONS)
     assert solution.info.status == Status.CONVERGED
     np.testing.assert_allclose(solution.info.cost, cost(solution.trajectory), rtol=1e-12)
@@ -144,11 +139,19 @@ def test_solution_is_a_minimum():
     assert np.all(np.diff(history) <= 1e-12 * (1 + np.abs(history[1:])))
 
 
+def test_solution_is_a_minimum():
+    check_minimum(swing_solution("blocked", "covariance", LevenbergMarquardt()))
+
+
 def test_line_search_finds_the_same_minimum():
     solution = swing_solution("sequential", "covariance", LevenbergMarquardt())
     other = swing_solution("sequential", "covariance", LineSearch())
     assert other.info.status == Status.CONVERGED
     np.testing.assert_allclose(other.trajectory, solution.trajectory, atol=1e-6)
+
+
+def test_trust_region_finds_a_minimum():
+    check_minimum(swing_solution("sequential", "covariance", TrustRegion()))
 
 
 @cache
@@ -171,7 +174,7 @@ def smooth_growth(damping, max_iters, history):
             backend=elkax.Sequential(),
         )
 
-    return compiled(jax.vmap(smooth))(emissions)
+    return jax.jit(jax.vmap(smooth))(emissions)
 
 
 def growth_cost(z, y):
@@ -245,7 +248,7 @@ def test_coordinated_turn_from_any_start():
     over_starts = jax.vmap(smooth, (None, None, 0))
     R = jnp.stack([problem.params.emission_covariance for problem in problems])
     y = jnp.stack([problem.emissions for problem in problems])
-    solution = compiled(jax.vmap(over_starts))(R, y, starts)
+    solution = jax.jit(jax.vmap(over_starts))(R, y, starts)
     assert np.all(solution.info.status == Status.CONVERGED)
     cost = np.asarray(solution.info.history.cost)
     fall = cost[..., 1:] - cost[..., :-1]
@@ -263,7 +266,7 @@ def test_coordinated_turn_from_any_start():
 def test_sigma_points_arrive_at_their_own_fixed_point():
     """From a trajectory without covariances; starting at the result gives it back."""
 
-    @compiled
+    @jax.jit
     def smooth(y, means, covs):
         start = PosteriorGSSMSmoothed(jnp.zeros(()), means, covs, means, covs)
         return elkax.iterated_smoother(
@@ -289,7 +292,7 @@ def test_dynamics_that_diverge_are_reported():
         [1.0], [[1.0]], lambda z: jnp.log(z - 3.0), [[1.0]], lambda z: z, [[1.0]]
     )
     emissions = jnp.ones((5, 1))
-    smooth = compiled(lambda start: elkax.iterated_smoother(params, emissions, start=start))
+    smooth = jax.jit(lambda start: elkax.iterated_smoother(params, emissions, start=start))
     solution = smooth(jnp.full((5, 1), 2.0))
     assert solution.info.status == Status.NONFINITE
     np.testing.assert_array_equal(solution.trajectory, np.full((5, 1), 2.0))

@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 import elkax
 from elkax import LevenbergMarquardt, Status
 from nonlinear_problems import gaussian_params, simulate
-from smoothers.linear_checks import FAST_COMPILE, within
+from smoothers.linear_checks import within
 
 T = 15
 
@@ -46,7 +46,7 @@ def smooth(damping):
             backend=elkax.Sequential(),
         )
 
-    return jax.jit(jax.vmap(run), compiler_options=FAST_COMPILE)
+    return jax.jit(jax.vmap(run))
 
 
 MEAN = np.array([1.2, 0.0])

@@ -12,7 +12,7 @@ from dynamax.nonlinear_gaussian_ssm.models import ParamsNLGSSM
 
 import elkax
 from problems import random_stable, with_missing
-from smoothers.linear_checks import FAST_COMPILE, oracle
+from smoothers.linear_checks import oracle
 
 T, D, N = 6, 2, 1
 RNG = np.random.default_rng(5)
@@ -119,7 +119,7 @@ def program(name, value):
         return value(solution, theta, name), solution.trajectory
 
     function = jax.value_and_grad(value_and_trajectory, has_aux=True)
-    return jax.jit(function, compiler_options=FAST_COMPILE)
+    return jax.jit(function)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_one_linearized_pass_has_another_gradient():
     """What the gradient would be if the trajectory did not move: 30 % off and more."""
     (_, trajectory), right = program("strong squares", laplace)(THETA)
     fixed = partial(laplace_at, trajectory, name="strong squares")
-    wrong = jax.jit(jax.grad(fixed), compiler_options=FAST_COMPILE)(THETA)
+    wrong = jax.jit(jax.grad(fixed))(THETA)
     assert jnp.max(jnp.abs(wrong - right) / jnp.abs(right)) > 0.3
 
 
@@ -177,7 +177,7 @@ def dense_laplace(make, emissions, inputs, trajectory):
         return total
 
     flat = trajectory.ravel()
-    hessian = jax.jit(jax.hessian(joint), compiler_options=FAST_COMPILE)(flat)
+    hessian = jax.jit(jax.hessian(joint))(flat)
     _, log_det = np.linalg.slogdet(-hessian)
     return joint(flat) + 0.5 * flat.size * np.log(2 * np.pi) - 0.5 * log_det
 
@@ -222,7 +222,7 @@ def test_laplace_value_of_a_linear_model_is_its_likelihood(singular):
         trajectory = elkax.iterated_smoother(params, emissions, start="prior").trajectory
         return elkax.laplace_log_prob(params, emissions, trajectory=trajectory)
 
-    value = jax.jit(solve_and_evaluate, compiler_options=FAST_COMPILE)(problem.emissions)
+    value = jax.jit(solve_and_evaluate)(problem.emissions)
     np.testing.assert_allclose(value, oracle(problem).log_likelihood, rtol=1e-9)
 
 

@@ -20,7 +20,6 @@ from problems import (
     written_out,
 )
 from smoothers.linear_checks import (
-    FAST_COMPILE,
     WAYS,
     check_filtered,
     check_log_likelihood,
@@ -219,9 +218,7 @@ def test_ragged_batch_under_vmap(padding):
         check_cut(jax.tree.map(lambda x, i=i: x[i], posteriors), name, length)
 
 
-RAGGED_SMOOTHER = jax.jit(
-    jax.vmap(partial(smooth_to_length, "blocked", "covariance")), compiler_options=FAST_COMPILE
-)
+RAGGED_SMOOTHER = jax.jit(jax.vmap(partial(smooth_to_length, "blocked", "covariance")))
 
 
 def test_length_without_jit():

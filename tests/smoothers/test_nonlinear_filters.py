@@ -17,7 +17,7 @@ import elkax
 from nonlinear_problems import gaussian_params, simulate
 from oracles import dense, model_arrays
 from problems import make_params
-from smoothers.linear_checks import FAST_COMPILE, check_filtered, check_smoothed, within
+from smoothers.linear_checks import check_filtered, check_smoothed, within
 
 T = 15
 
@@ -58,15 +58,11 @@ GENERAL = ParamsGGSSM(
 )
 
 
-def compiled(function):
-    return jax.jit(function, compiler_options=FAST_COMPILE)
-
-
 @cache
 def jitted(name, params_name, **options):
     """One of our functions with parameters from this file, of emissions and inputs."""
     function, params = getattr(elkax, name), globals()[params_name]
-    return compiled(lambda y, u=None: function(params, emissions=y, inputs=u, **options))
+    return jax.jit(lambda y, u=None: function(params, emissions=y, inputs=u, **options))
 
 
 def agree(ours, theirs, skip=()):
@@ -82,9 +78,9 @@ def agree(ours, theirs, skip=()):
 def test_extended_filter_is_dynamax():
     """Every field, predicted moments included, and its positional arguments."""
     ours = jitted("extended_kalman_filter", "PARAMS")(EMISSIONS)
-    agree(ours, compiled(partial(dynamax_nonlinear.extended_kalman_filter, PARAMS))(EMISSIONS))
+    agree(ours, jax.jit(partial(dynamax_nonlinear.extended_kalman_filter, PARAMS))(EMISSIONS))
     fields = ["filtered_means"]
-    some = compiled(lambda y: elkax.extended_kalman_filter(PARAMS, y, None, 1, fields))(EMISSIONS)
+    some = jax.jit(lambda y: elkax.extended_kalman_filter(PARAMS, y, None, 1, fields))(EMISSIONS)
     assert some.filtered_covariances is None and some.predicted_means is None
     np.testing.assert_allclose(some.filtered_means, ours.filtered_means, rtol=1e-12)
 
@@ -92,10 +88,10 @@ def test_extended_filter_is_dynamax():
 def test_extended_smoother_is_dynamax():
     """With its own filter, and with a filtered posterior that is given."""
     ours = jitted("extended_kalman_smoother", "PARAMS")(EMISSIONS)
-    theirs = compiled(partial(dynamax_nonlinear.extended_kalman_smoother, PARAMS))(EMISSIONS)
+    theirs = jax.jit(partial(dynamax_nonlinear.extended_kalman_smoother, PARAMS))(EMISSIONS)
     agree(ours, theirs)
     given = jitted("extended_kalman_filter", "PARAMS")(EMISSIONS)
-    again = compiled(partial(elkax.extended_kalman_smoother, PARAMS))(EMISSIONS, given)
+    again = jax.jit(partial(elkax.extended_kalman_smoother, PARAMS))(EMISSIONS, given)
     for actual, expected in zip(again, ours, strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)
 
@@ -103,7 +99,7 @@ def test_extended_smoother_is_dynamax():
 def test_inputs_and_time_varying_noise_are_dynamax():
     """Inputs and covariances at t belong to the step into z_t."""
     ours = jitted("extended_kalman_smoother", "DRIVEN")(EMISSIONS, INPUTS)
-    theirs = compiled(lambda y, u: dynamax_nonlinear.extended_kalman_smoother(DRIVEN, y, inputs=u))(
+    theirs = jax.jit(lambda y, u: dynamax_nonlinear.extended_kalman_smoother(DRIVEN, y, inputs=u))(
         EMISSIONS, INPUTS
     )
     agree(ours, theirs)
@@ -115,8 +111,8 @@ def test_unscented_is_dynamax():
     """Without inputs, where its smoother has the inputs one step late."""
     hyperparams = UKFHyperParams(0.8, 1.5, 1.0)
     call = partial(dynamax_nonlinear.unscented_kalman_smoother, PARAMS, hyperparams=hyperparams)
-    ours = compiled(lambda y: elkax.unscented_kalman_smoother(PARAMS, y, hyperparams))(EMISSIONS)
-    agree(ours, compiled(call)(EMISSIONS))
+    ours = jax.jit(lambda y: elkax.unscented_kalman_smoother(PARAMS, y, hyperparams))(EMISSIONS)
+    agree(ours, jax.jit(call)(EMISSIONS))
 
 
 INTEGRALS = [UKFIntegrals(), GHKFIntegrals(order=5)]
@@ -126,10 +122,10 @@ INTEGRALS = [UKFIntegrals(), GHKFIntegrals(order=5)]
 def test_conditional_moments_are_dynamax(integrals):
     """A covariance that depends on the state, through each of its integrals."""
     call = partial(dynamax_general.conditional_moments_gaussian_smoother, GENERAL, integrals)
-    ours = compiled(lambda y: elkax.conditional_moments_gaussian_smoother(GENERAL, integrals, y))(
+    ours = jax.jit(lambda y: elkax.conditional_moments_gaussian_smoother(GENERAL, integrals, y))(
         EMISSIONS
     )
-    agree(ours, compiled(call)(EMISSIONS))
+    agree(ours, jax.jit(call)(EMISSIONS))
 
 
 def test_sigma_point_names():
@@ -137,7 +133,7 @@ def test_sigma_point_names():
 
     def unscented(kappa):
         hyperparams = UKFHyperParams(1.0, 0.0, kappa)
-        return compiled(lambda y: elkax.unscented_kalman_filter(SCALAR, y, hyperparams))
+        return jax.jit(lambda y: elkax.unscented_kalman_filter(SCALAR, y, hyperparams))
 
     emissions = EMISSIONS[:, :1]
     cubature = jitted("cubature_kalman_filter", "SCALAR")(emissions)
@@ -176,14 +172,14 @@ def linear():
 def test_linear_model_with_missing_entries(linearizer, form):
     params, emissions, expected = linear()
     smooth = partial(elkax.gaussian_smoother, params, linearizer=linearizer, form=form)
-    check_smoothed(compiled(smooth)(emissions), expected)
+    check_smoothed(jax.jit(smooth)(emissions), expected)
 
 
 @pytest.mark.parametrize("num_iter", [1, 2, 5, 10])
 def test_iterated_update_uses_an_observation_once(num_iter):
     """The variance of a linear model does not fall with the number of iterations."""
     params, emissions, expected = linear()
-    filtered = compiled(lambda y: elkax.extended_kalman_filter(params, y, num_iter=num_iter))(
+    filtered = jax.jit(lambda y: elkax.extended_kalman_filter(params, y, num_iter=num_iter))(
         emissions
     )
     check_filtered(filtered, expected)
@@ -192,7 +188,7 @@ def test_iterated_update_uses_an_observation_once(num_iter):
 def test_iterated_update_finds_the_mode():
     """One emission: the iterated update is Gauss-Newton on its MAP cost."""
     params = gaussian_params([1.0], [[0.5]], lambda z: z, [[1.0]], lambda z: jnp.exp(z), [[0.2]])
-    filtered = compiled(lambda y: elkax.extended_kalman_filter(params, y, num_iter=30))(
+    filtered = jax.jit(lambda y: elkax.extended_kalman_filter(params, y, num_iter=30))(
         jnp.array([[4.0]])
     )
     z = np.linspace(0.5, 2.0, 2_000_001)
@@ -205,7 +201,7 @@ def test_diagonal_emission_covariance():
     full = jitted("extended_kalman_filter", "PARAMS")(EMISSIONS)
     for R in (jnp.full(2, 0.1), jnp.full((T, 2), 0.1)):
         params = PARAMS._replace(emission_covariance=R)
-        ours = compiled(partial(elkax.extended_kalman_filter, params))(EMISSIONS)
+        ours = jax.jit(partial(elkax.extended_kalman_filter, params))(EMISSIONS)
         np.testing.assert_allclose(ours.filtered_means, full.filtered_means, rtol=1e-12)
         np.testing.assert_allclose(ours.marginal_loglik, full.marginal_loglik, rtol=1e-12)
 
@@ -217,15 +213,15 @@ def test_arrays_may_be_traced():
         params = PARAMS._replace(dynamics_covariance=scale * PARAMS.dynamics_covariance)
         return elkax.extended_kalman_filter(params, emissions).marginal_loglik
 
-    gradient = compiled(jax.vmap(jax.grad(value), (0, None)))(jnp.array([1.0, 2.0]), EMISSIONS)
-    both = compiled(jax.vmap(value, (0, None)))(jnp.array([1 - 1e-5, 1 + 1e-5]), EMISSIONS)
+    gradient = jax.jit(jax.vmap(jax.grad(value), (0, None)))(jnp.array([1.0, 2.0]), EMISSIONS)
+    both = jax.jit(jax.vmap(value, (0, None)))(jnp.array([1 - 1e-5, 1 + 1e-5]), EMISSIONS)
     np.testing.assert_allclose(gradient[0], (both[1] - both[0]) / 2e-5, rtol=1e-6)
 
 
 def test_posterior_draws(key):
     """Means and covariances of many draws are those of the smoother, within sampling error."""
     smoothed = jitted("extended_kalman_smoother", "PARAMS")(EMISSIONS)
-    draws = compiled(
+    draws = jax.jit(
         lambda y: elkax.extended_kalman_posterior_sample(key, PARAMS, y, num_samples=4000)
     )(EMISSIONS)
     sd = np.sqrt(np.diagonal(smoothed.smoothed_covariances, axis1=1, axis2=2))
@@ -235,7 +231,7 @@ def test_posterior_draws(key):
     cov = np.einsum("sti,stj->tij", centred, centred) / 4000
     expected = np.asarray(smoothed.smoothed_covariances) / (sd[:, :, None] * sd[:, None, :])
     within(cov, expected, 5 * np.sqrt(2 / 4000), "covariances")
-    single = compiled(lambda y: elkax.extended_kalman_posterior_sample(key, PARAMS, y))
+    single = jax.jit(lambda y: elkax.extended_kalman_posterior_sample(key, PARAMS, y))
     assert jax.eval_shape(single, EMISSIONS).shape == (T, 2)
 
 

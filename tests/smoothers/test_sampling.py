@@ -8,7 +8,7 @@ import pytest
 import elkax
 from oracles import dense, model_arrays
 from problems import random_stable, varying, with_inputs, with_missing
-from smoothers.linear_checks import BACKENDS, FAST_COMPILE, FEW_WAYS, oracle, within
+from smoothers.linear_checks import BACKENDS, FEW_WAYS, oracle, within
 
 T, DRAWS = 7, 4000
 ZERO = np.zeros((2, 2))
@@ -67,7 +67,7 @@ def sampler(backend, form):
             options = {"backend": BACKENDS[backend], "form": form, "length": length}
             return elkax.lgssm_posterior_sample(key, *problem, num_samples=DRAWS, **options)
 
-        _SAMPLERS[backend, form] = jax.jit(sample, compiler_options=FAST_COMPILE)
+        _SAMPLERS[backend, form] = jax.jit(sample)
     return _SAMPLERS[backend, form]
 
 

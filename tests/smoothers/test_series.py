@@ -9,7 +9,7 @@ import pytest
 
 import elkax
 from problems import random_stable, with_missing
-from smoothers.linear_checks import BACKENDS, FAST_COMPILE, check_smoothed, oracle
+from smoothers.linear_checks import BACKENDS, check_smoothed, oracle
 
 T = 6
 
@@ -32,10 +32,6 @@ def slowed(params, factor):
     )
 
 
-def compiled(function):
-    return jax.jit(function, compiler_options=FAST_COMPILE)
-
-
 def check_each(posteriors, problem, batch, params=None):
     for i, emissions in enumerate(batch):
         own = jax.tree.map(lambda x, i=i: x[i], posteriors)
@@ -47,7 +43,7 @@ def check_each(posteriors, problem, batch, params=None):
 def test_series_of_one_model(backend, form):
     problem = random_stable(2, 2, T)
     smooth = partial(elkax.lgssm_smoother, backend=backend, form=form)
-    together = compiled(jax.vmap(smooth, in_axes=(None, 0)))
+    together = jax.jit(jax.vmap(smooth, in_axes=(None, 0)))
     for gaps in ("none", "alike", "different"):
         batch = series_of(problem, gaps=gaps)
         check_each(together(problem.params, batch), problem, batch)
@@ -56,7 +52,7 @@ def test_series_of_one_model(backend, form):
 def test_series_in_blocks_of_time():
     problem = random_stable(2, 2, T)
     smooth = partial(elkax.lgssm_smoother, backend=BACKENDS["blocked"])
-    together = compiled(jax.vmap(smooth, in_axes=(None, 0)))
+    together = jax.jit(jax.vmap(smooth, in_axes=(None, 0)))
     for gaps in ("alike", "different"):
         batch = series_of(problem, gaps=gaps)
         check_each(together(problem.params, batch), problem, batch)
@@ -64,7 +60,7 @@ def test_series_in_blocks_of_time():
 
 def test_series_with_more_states_and_sensors_than_are_written_out():
     problem = random_stable(10, 9, T)
-    together = compiled(jax.vmap(elkax.lgssm_smoother, in_axes=(None, 0)))
+    together = jax.jit(jax.vmap(elkax.lgssm_smoother, in_axes=(None, 0)))
     for gaps in ("alike", "different"):
         batch = series_of(problem, gaps=gaps)
         check_each(together(problem.params, batch), problem, batch)
@@ -76,7 +72,7 @@ def test_series_with_models_of_their_own(form):
     params = [slowed(problem.params, factor) for factor in (1.0, 0.9, 0.5)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     batch = series_of(problem, gaps="different")
-    together = compiled(jax.vmap(partial(elkax.lgssm_smoother, form=form)))
+    together = jax.jit(jax.vmap(partial(elkax.lgssm_smoother, form=form)))
     check_each(together(stacked, batch), problem, batch, params)
 
 
@@ -84,7 +80,7 @@ def test_nested_vmap():
     problem = random_stable(2, 2, T)
     batch = jnp.stack([series_of(problem, gaps="alike"), series_of(problem, gaps="different")])
     inner = jax.vmap(elkax.lgssm_smoother, in_axes=(None, 0))
-    posteriors = compiled(jax.vmap(inner, in_axes=(None, 0)))(problem.params, batch)
+    posteriors = jax.jit(jax.vmap(inner, in_axes=(None, 0)))(problem.params, batch)
     for i in range(len(batch)):
         check_each(jax.tree.map(lambda x, i=i: x[i], posteriors), problem, batch[i])
 
@@ -93,8 +89,8 @@ def test_gradient_of_each_series():
     """Against the gradient of one series at a time, which has an oracle of its own."""
     problem = random_stable(2, 2, T)
     gradient = jax.grad(elkax.lgssm_marginal_log_prob)
-    alone = compiled(gradient)
-    together = compiled(jax.vmap(gradient, in_axes=(None, 0)))
+    alone = jax.jit(gradient)
+    together = jax.jit(jax.vmap(gradient, in_axes=(None, 0)))
     for gaps in ("none", "different"):
         batch = series_of(problem, gaps=gaps)
         gradients = together(problem.params, batch)
@@ -114,8 +110,8 @@ def test_gradient_through_the_smoothed_means_of_all_series():
     def sum_of_all(params):
         return jnp.sum(jax.vmap(one, in_axes=(None, 0))(params, batch))
 
-    got = compiled(jax.grad(sum_of_all))(problem.params)
-    each = compiled(jax.grad(one))
+    got = jax.jit(jax.grad(sum_of_all))(problem.params)
+    each = jax.jit(jax.grad(one))
     parts = [each(problem.params, emissions) for emissions in batch]
     expected = jax.tree.map(lambda *leaves: sum(leaves), *parts)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), got, expected)

@@ -11,7 +11,6 @@ import elkax
 from problems import Problem, make_params, smooth_trend, with_inputs
 from smoothers.linear_checks import (
     BACKENDS,
-    FAST_COMPILE,
     WAYS,
     check_smoothed,
     compiled,
@@ -43,7 +42,7 @@ def test_a_batch_of_sound_and_unsound_problems():
     """Under `vmap` one member gives way and the other does not."""
     batch = jax.tree.map(lambda *x: jnp.stack(x), *(p[:2] for p in PROBLEMS.values()))
     smooth = partial(elkax.lgssm_smoother, backend=BACKENDS["blocked"])
-    posteriors = jax.jit(jax.vmap(smooth), compiler_options=FAST_COMPILE)(*batch)
+    posteriors = jax.jit(jax.vmap(smooth))(*batch)
     for i, problem in enumerate(PROBLEMS.values()):
         check_smoothed(jax.tree.map(lambda x, i=i: x[i], posteriors), oracle(problem))
 
@@ -53,7 +52,7 @@ def test_gradient_where_the_parallel_backend_gives_way():
 
     def gradient(backend):
         value = partial(elkax.lgssm_marginal_log_prob, backend=BACKENDS[backend])
-        return jax.jit(jax.grad(value), compiler_options=FAST_COMPILE)(*problem[:2])
+        return jax.jit(jax.grad(value))(*problem[:2])
 
     gradients = gradient("sequential"), gradient("blocked")
     for plain, blocked in zip(*map(jax.tree.leaves, gradients), strict=True):

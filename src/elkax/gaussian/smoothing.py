@@ -1,5 +1,7 @@
 """Smoothing of a filtered sequence: Rauch-Tung-Striebel and Bryson-Frazier."""
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +13,10 @@ from elkax.gaussian.covariance import Covariance
 from elkax.gaussian.factor import gram, psd_cholesky, symmetrize
 from elkax.gaussian.kalman import FilterOutput, Model, constant_part, merge, over_time
 from elkax.gaussian.markov import GaussMarkov, Transition
-from elkax.scan import Backend, lanes, run
+from elkax.scan import Backend, Sequential, choose, lanes, run
 from elkax.scan.fallback import where_sound
 from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes, transpose
-from elkax.scan.layout import in_blocks
+from elkax.scan.layout import fills_lanes, in_blocks
 
 
 class Smoothed(NamedTuple):
@@ -48,12 +50,16 @@ def smooth(model: Model, filtered: FilterOutput, form: Any, backend: Backend | N
     """
     if filtered.mean.shape[0] == 1:
         return bryson_frazier(model, filtered, form, backend)
-    steps, regular = _gains(encode_model(model, form), filtered, form)
-    return where_sound(
-        regular,
-        lambda: _rauch_tung_striebel(steps, filtered, form, backend),
-        lambda: bryson_frazier(model, filtered, form, backend),
-    )
+    stored = encode_model(model, form)
+    length, size = filtered.mean.shape
+    by_costates = partial(bryson_frazier, model, filtered, form, backend)
+    used = choose(num_timesteps=length - 1, state_dim=size) if backend is None else backend
+    if isinstance(used, Sequential) and not fills_lanes(size):
+        found, regular = _in_one_pass(stored, filtered, form)
+        return where_sound(regular, lambda: found, by_costates)
+    steps, regular = _gains(stored, filtered, form)
+    by_gains = partial(_rauch_tung_striebel, steps, filtered, form, backend)
+    return where_sound(regular, by_gains, by_costates)
 
 
 def _decode(stored: Array, form: Any) -> Array:
@@ -61,33 +67,73 @@ def _decode(stored: Array, form: Any) -> Array:
     return stored if isinstance(form, Covariance) else from_lanes(form.decode(to_lanes(stored)))
 
 
-def _gains(model: Model, filtered: FilterOutput, form: Any) -> tuple[Transition, Array]:
-    r"""Compute the backward transitions for t = 0, ..., T - 2, all at once.
+def _turn_around(fixed: Model, x: tuple, form: Any) -> tuple[Transition, Array]:
+    r"""Compute a backward transition.
 
     $G_t = P_{t|t}F_{t+1}^\top P_{t+1|t}^{-1}$, offset $G_t(m_{t+1|t+1} - m_{t+1|t})$ and
     $U_t = \mathrm{Cov}[z_t \mid z_{t+1}, y_{1:t}]$; see `Covariance.reverse`.
 
+    Args:
+        fixed: the constant part of the model.
+        x: the model at t + 1, the covariance at t, the correction at t + 1.
+        form: how covariances are stored.
+
     Returns:
-        The transitions, and whether each predicted covariance is regular.
+        The transition, and whether the predicted covariance is regular.
     """
-    size = filtered.mean.shape[-1]
+    after, cov, correction = x
+    after = merge(fixed, after)
+    gain, noise, regular = form.reverse(after.weights, cov, after.noise)
+    shift = matvec(gain, correction)
+    if after.valid is not None:
+        eye = lanes.identity(gain.shape[0], gain.shape[2:], gain.dtype)
+        gain = jnp.where(after.valid, gain, eye)
+        shift = jnp.where(after.valid, shift, 0.0)
+        noise = jnp.where(after.valid, noise, 0.0)
+        regular = regular | ~after.valid
+    return Transition(gain, shift, noise), regular
 
-    def gain(fixed: Model, x: tuple) -> tuple[tuple[Transition, Array], None]:
-        after, cov, correction = x
-        after = merge(fixed, after)
-        gain, noise, regular = form.reverse(after.weights, cov, after.noise)
-        shift = matvec(gain, correction)
-        if after.valid is not None:
-            eye = lanes.identity(size, gain.shape[2:], gain.dtype)
-            gain = jnp.where(after.valid, gain, eye)
-            shift = jnp.where(after.valid, shift, 0.0)
-            noise = jnp.where(after.valid, noise, 0.0)
-            regular = regular | ~after.valid
-        return (Transition(gain, shift, noise), regular), None
 
+def _steps_back(model: Model, filtered: FilterOutput) -> tuple:
+    """Give what `_turn_around` takes for t = 0, ..., T - 2."""
     later = over_time(lambda field, rank: field[1:], model)
-    xs = (later, filtered.cov[:-1], filtered.correction[1:])
-    return in_blocks(gain, constant_part(model), xs, size)[0]
+    return later, filtered.cov[:-1], filtered.correction[1:]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["fixed"], meta_fields=["size", "form"])
+@dataclass(frozen=True)
+class RauchTungStriebel(GaussMarkov):
+    r"""The backward recurrence with transitions that are found in the step that uses them.
+
+    One pass in place of three, where single steps keep the machine busy. The output of a step
+    also has $\mathrm{Cov}[z_t, z_{t+1}]$, and whether the predicted covariance is regular.
+
+    Args:
+        fixed: the constant part of the model.
+    """
+
+    fixed: Model
+
+    def step(self, state: tuple[Array, Array], x: tuple) -> tuple[tuple[Array, Array], tuple]:
+        """Step back."""
+        transition, regular = _turn_around(self.fixed, x, self.form)
+        lagged = matmul(transition.weights, self.form.decode(state[1]))
+        state, (mean, cov) = super().step(state, transition)
+        return state, (mean, cov, lagged, regular)
+
+    def absorb(self, summary: Transition, x: tuple) -> Transition:
+        """Lengthen a block."""
+        return self.combine(summary, _turn_around(self.fixed, x, self.form)[0])
+
+
+def _in_one_pass(model: Model, filtered: FilterOutput, form: Any) -> tuple[Smoothed, Array]:
+    """Smooth step by step; returns the moments, and whether every covariance is regular."""
+    recurrence = RauchTungStriebel(filtered.mean.shape[-1], form, constant_part(model))
+    last = (jnp.zeros_like(filtered.mean[-1]), filtered.cov[-1])
+    _, (delta, covs, lagged, regular) = run(
+        recurrence, last, _steps_back(model, filtered), backend=Sequential(), reverse=True
+    )
+    return _join(filtered, delta, covs, lagged, form), regular
 
 
 def _rauch_tung_striebel(
@@ -104,14 +150,32 @@ def _rauch_tung_striebel(
     _, (delta, covs) = run(
         GaussMarkov(size, form), last, steps, backend=backend, state_dim=size, reverse=True
     )
-    covs = _decode(jnp.concatenate((covs, filtered.cov[-1:])), form)
+    after = _decode(jnp.concatenate((covs[1:], last[1][None])), form)
 
     def lag(_: None, x: tuple[Array, Array]) -> tuple[Array, None]:
         return matmul(*x), None
 
-    lagged, _ = in_blocks(lag, None, (steps.weights, covs[1:]), size)
-    delta = jnp.concatenate((delta, last[0][None]))
+    lagged, _ = in_blocks(lag, None, (steps.weights, after), size)
+    return _join(filtered, delta, covs, lagged, form)
+
+
+def _join(
+    filtered: FilterOutput, deviations: Array, covs: Array, lagged: Array, form: Any
+) -> Smoothed:
+    """Add the last time, and the filtered means to the deviations from them."""
+    delta = jnp.concatenate((deviations, jnp.zeros_like(deviations[:1])))
+    covs = _decode(jnp.concatenate((covs, filtered.cov[-1:])), form)
     return Smoothed(filtered.mean + (filtered.low + delta), covs, lagged)
+
+
+def _gains(model: Model, filtered: FilterOutput, form: Any) -> tuple[Transition, Array]:
+    """Compute the backward transitions of all times at once, and where they are regular."""
+
+    def gain(fixed: Model, x: tuple) -> tuple[tuple[Transition, Array], None]:
+        return _turn_around(fixed, x, form), None
+
+    xs = _steps_back(model, filtered)
+    return in_blocks(gain, constant_part(model), xs, filtered.mean.shape[-1])[0]
 
 
 @jax.custom_jvp

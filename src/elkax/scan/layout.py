@@ -34,6 +34,11 @@ def from_blocks(x: Array, length: int, padding: int, reverse: bool = False) -> A
     return x[padding:] if reverse else x[:length]
 
 
+def fills_lanes(size: int) -> bool:
+    """Tell whether times go side by side in lanes: a CPU is busy with one step from D = 9 on."""
+    return size <= MAX_UNROLLED or jax.default_backend() != "cpu"
+
+
 def in_blocks(
     function: Callable[[Any, PyTree], tuple[PyTree, PyTree]], fixed: Any, xs: PyTree, size: int
 ) -> tuple[PyTree, PyTree]:
@@ -43,24 +48,30 @@ def in_blocks(
         function: maps `fixed` and inputs with time in the last axis to `(outputs, totals)`: outputs
             with time in the last axis, and totals without it, already summed over the time steps
             given. It closes over no array; padding is zero (False), and must add nothing to the
-            totals. Past the D to which products are written out a CPU takes single steps, without
-            that axis.
+            totals. Where `fills_lanes` is false it is given single steps, without that axis.
         fixed: what is the same at all times.
         xs: leaves with leading axis T.
-        size: dimension D of the matrices that the function works on.
+        size: dimension D of the matrices that the function works on; see `fills_lanes`.
 
     Returns:
         Outputs with leading axis T, and totals over all T.
     """
     tree = jax.tree.structure((fixed, xs))
     num_fixed = len(jax.tree.leaves(fixed))
-    chunked = size <= MAX_UNROLLED or jax.default_backend() != "cpu"
+    chunked = fills_lanes(size)
 
     def over_time(fixed: Any, xs: PyTree, series: int = 1) -> tuple[PyTree, PyTree]:
         if chunked:
             return _map_chunks(partial(function, fixed), xs, size * series)
-        outputs, totals = jax.lax.map(partial(function, fixed), xs)
-        return outputs, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), totals)
+        first = jax.tree.map(lambda leaf: leaf[0], xs)
+        _, shapes = jax.eval_shape(function, fixed, first)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        def one(totals: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+            outputs, more = function(fixed, x)
+            return jax.tree.map(jnp.add, totals, more), outputs
+
+        return jax.lax.scan(one, zeros, xs)[::-1]
 
     def make_rule(single: Callable[[Leaves], tuple[PyTree, PyTree]]) -> Rule:
         def rule(count: int, flags: Sequence[bool], leaves: Leaves) -> tuple[PyTree, PyTree]:

@@ -32,6 +32,7 @@ from elkax.smoothers.residuals import (
 from elkax.smoothers.sampling import lgssm_joint_sample, lgssm_posterior_sample
 from elkax.smoothers.stationarity import laplace_log_prob
 from elkax.smoothers.system import ParamsDistributionSSM
+from elkax.smoothers.trust_region import TrustRegion
 
 __all__ = [
     "Damping",
@@ -49,6 +50,7 @@ __all__ = [
     "Solution",
     "Stationary",
     "Status",
+    "TrustRegion",
     "conditional_moments_gaussian_filter",
     "conditional_moments_gaussian_smoother",
     "cubature_kalman_filter",

@@ -26,6 +26,24 @@ class Verdict(NamedTuple):
     control: Any
 
 
+class Attempt(NamedTuple):
+    """What is known of a step and of its fractions, the whole step first.
+
+    Attributes:
+        fall: by how much the merit falls for every fraction, NaN where it is not finite.
+        predicted: by how much the linearized model says it does.
+        rounding: what of a fall may be rounding.
+        violated: whether the trajectory violates an exact constraint.
+        length: Euclidean norm of the whole step over all states and times.
+    """
+
+    fall: Array
+    predicted: Array
+    rounding: Array
+    violated: Array
+    length: Array
+
+
 @runtime_checkable
 class Damping(Protocol):
     """How steps are damped; hashable.
@@ -47,18 +65,8 @@ class Damping(Protocol):
         """Return the precision of the pseudo-observations of `means`, (T, D); None for none."""
         ...
 
-    def judge(
-        self, control: Any, fall: Array, predicted: Array, rounding: Array, violated: Array
-    ) -> Verdict:
-        """Judge the fractions of a step.
-
-        Args:
-            control: state of the damping.
-            fall: by how much the merit falls for every fraction, NaN where it is not finite.
-            predicted: by how much the linearized model says it does.
-            rounding: what of a fall may be rounding.
-            violated: whether the trajectory violates an exact constraint.
-        """
+    def judge(self, control: Any, attempt: Attempt) -> Verdict:
+        """Judge a step and its fractions, given the state of the damping."""
         ...
 
 
@@ -77,12 +85,47 @@ class GaussNewton:
         """Return no pseudo-observations; see `Damping`."""
         return None
 
-    def judge(
-        self, control: None, fall: Array, predicted: Array, rounding: Array, violated: Array
-    ) -> Verdict:
+    def judge(self, control: None, attempt: Attempt) -> Verdict:
         """Take the step; see `Damping`."""
-        finite = jnp.isfinite(fall[0])
+        finite = jnp.isfinite(attempt.fall[0])
         return Verdict(jnp.asarray(0), finite, ~finite, None)
+
+
+class Gain(NamedTuple):
+    """What a damped step brought.
+
+    Attributes:
+        whole: whether the whole step is accepted.
+        partly: whether only a fraction of it is.
+        choice: which fraction.
+        ratio: fall of the whole step divided by the predicted one.
+    """
+
+    whole: Array
+    partly: Array
+    choice: Array
+    ratio: Array
+
+
+def judge_gain(attempt: Attempt) -> Gain:
+    """Accept the whole step if the merit falls, or, off an exact constraint, a part of it.
+
+    Every damped step meets the linearized constraints in full, so that damping does not make it
+    short: where it goes too far along them, a part of it is taken.
+    """
+    fall, predicted, rounding, violated, _ = attempt
+    trusted = (jnp.abs(predicted[0]) <= rounding) & (fall[0] >= -rounding)
+    whole = trusted | ((fall[0] > 0) & (predicted[0] > 0))
+    parts = violated & (fall > 0) & (fall >= 1e-4 * predicted)
+    ratio = jnp.where(trusted, 1.0, fall[0] / jnp.where(predicted[0] > 0, predicted[0], 1.0))
+    partly = ~whole & jnp.any(parts)
+    return Gain(whole, partly, jnp.where(whole, 0, jnp.argmax(parts)), ratio)
+
+
+def size_of(hessian: Array) -> Array:
+    """Return the largest entry of the diagonal of a Hessian, one if none is positive."""
+    largest = jnp.max(hessian)
+    return jnp.where(largest > 0, largest, 1.0)
 
 
 class Strength(NamedTuple):
@@ -123,40 +166,33 @@ class LevenbergMarquardt:
     initial: float = 1.0
     second_order: bool = True
     largest: float = 1e14
-    # Every damped step meets the linearized constraints in full, so that damping does not make it
-    # short: where it goes too far along them, a part of it is taken.
     fractions: ClassVar[tuple[float, ...]] = (1.0, 0.3, 0.1, 0.03, 0.01)
 
     def start(self, hessian: Array) -> Strength:
         """Return the first strength; see `Damping`."""
         initial = jnp.asarray(self.initial, hessian.dtype)
-        largest = jnp.max(hessian)
-        reference = jnp.where(largest > 0, largest, 1.0)
-        return Strength(initial, jnp.asarray(2.0, hessian.dtype), reference)
+        return Strength(initial, jnp.asarray(2.0, hessian.dtype), size_of(hessian))
 
     def precision(self, control: Strength, means: Array) -> Array:
         r"""Return $\lambda d$; see `Damping`."""
         return jnp.broadcast_to(control.value * control.reference, means.shape)
 
-    def judge(
-        self, control: Strength, fall: Array, predicted: Array, rounding: Array, violated: Array
-    ) -> Verdict:
+    def judge(self, control: Strength, attempt: Attempt) -> Verdict:
         """Compare the fall with the predicted one; see `Damping`."""
-        trusted = (jnp.abs(predicted[0]) <= rounding) & (fall[0] >= -rounding)
-        accepted = trusted | ((fall[0] > 0) & (predicted[0] > 0))
-        parts = violated & (fall > 0) & (fall >= 1e-4 * predicted)
-        partly = ~accepted & jnp.any(parts)
-        ratio = jnp.where(trusted, 1.0, fall[0] / jnp.where(predicted[0] > 0, predicted[0], 1.0))
+        whole, partly, choice, ratio = judge_gain(attempt)
         # Bounded before the cube, which would overflow for a step far better than predicted.
         shrink = jnp.maximum(1 / 3, 1.0 - (2.0 * jnp.clip(ratio, 0.0, 2.0) - 1.0) ** 3)
-        factor = jnp.where(accepted, shrink, jnp.where(partly, 1.0, control.growth))
-        least = jnp.finfo(fall.dtype).eps ** 1.25
-        value = jnp.maximum(control.value * factor, least)
-        choice = jnp.where(accepted, 0, jnp.argmax(parts))
-        accepted = accepted | partly
-        growth = jnp.where(accepted, 2.0, 2.0 * control.growth)
+        factor = jnp.where(whole, shrink, jnp.where(partly, 1.0, control.growth))
+        value = jnp.maximum(control.value * factor, least_strength(ratio))
+        accepted = whole | partly
+        growth = jnp.where(whole, 2.0, 2.0 * control.growth)
         stalled = ~accepted & (value > self.largest)
         return Verdict(choice, accepted, stalled, Strength(value, growth, control.reference))
+
+
+def least_strength(like: Array) -> float:
+    r"""Return the smallest $\lambda$, far below rounding, in the dtype of an array."""
+    return float(jnp.finfo(like.dtype).eps) ** 1.25
 
 
 @dataclass(frozen=True)
@@ -188,10 +224,9 @@ class LineSearch:
         """Return no pseudo-observations; see `Damping`."""
         return None
 
-    def judge(
-        self, control: None, fall: Array, predicted: Array, rounding: Array, violated: Array
-    ) -> Verdict:
+    def judge(self, control: None, attempt: Attempt) -> Verdict:
         """Find the longest fraction that pays; see `Damping`."""
+        fall, predicted, rounding, _, _ = attempt
         trusted = (jnp.abs(predicted) <= rounding) & (fall >= -rounding)
         good = trusted | ((fall > 0) & (fall >= self.sufficient * predicted))
         return Verdict(jnp.argmax(good), jnp.any(good), ~jnp.any(good), None)

@@ -11,7 +11,7 @@ from elkax.gaussian import Form, Model
 from elkax.linearize import Linearizer
 from elkax.scan import Backend
 from elkax.smoothers.cost import Misfit, measure, predict_change, second_order
-from elkax.smoothers.damping import Damping
+from elkax.smoothers.damping import Attempt, Damping
 from elkax.smoothers.iteration import Progress
 from elkax.smoothers.linear import filter_and_smooth
 from elkax.smoothers.linearization import Linearized, damp, linearize
@@ -88,7 +88,9 @@ def advance(solver: Solver, point: Point) -> tuple[Point, Progress]:
     eps = jnp.finfo(means.dtype).eps * (1.0 + jnp.abs(cost))
     # Beyond rounding: a state is at most as large as its prediction and its error together.
     violated = before.violation() > jnp.finfo(means.dtype).eps * jnp.sum(jnp.abs(means))
-    verdict = damping.judge(point.control, trial.merit, trial.predicted, 256 * eps, violated)
+    length = jnp.linalg.norm(step)
+    attempt = Attempt(trial.merit, trial.predicted, 256 * eps, violated, length)
+    verdict = damping.judge(point.control, attempt)
     taken = verdict.choice
     finite = jnp.isfinite(cost) & jnp.all(jnp.isfinite(linearized.model.weights))
     accepted = verdict.accepted & finite
