@@ -9,6 +9,7 @@ import numpy as np
 from elkax.gaussian import Covariance, KalmanFilter, Model, SquareRoot
 from elkax.gaussian.kalman import constant_part, over_time
 from elkax.gaussian.markov import GaussMarkov, Transition
+from elkax.gaussian.smoothing import RauchTungStriebel
 from elkax.scan import Affine
 
 
@@ -67,6 +68,17 @@ def kalman(length, *, form):
     return Case(KalmanFilter(constant_part(model), form), start, xs)
 
 
+def smoother(length, *, form):
+    """The Kalman case and something for its filter to have found."""
+    rng = np.random.default_rng(4)
+    case = kalman(length, form=form)
+    covs = jax.vmap(form.encode)(jnp.asarray(_covariances(rng, length, 3)))
+    last = form.encode(jnp.asarray(_covariances(rng, 1, 3)[0]))
+    recurrence = RauchTungStriebel(3, form, case.scannable.fixed)
+    xs = (case.xs, covs, jnp.asarray(rng.normal(size=(length, 3))))
+    return Case(recurrence, (jnp.zeros(3), last), xs)
+
+
 CASES = {
     "affine dense": lambda length: affine(length, diagonal=False),
     "affine diagonal": lambda length: affine(length, diagonal=True),
@@ -74,6 +86,8 @@ CASES = {
     "gauss-markov square root": lambda length: gauss_markov(length, form=SquareRoot()),
     "kalman covariance": lambda length: kalman(length, form=Covariance()),
     "kalman square root": lambda length: kalman(length, form=SquareRoot()),
+    "smoother covariance": lambda length: smoother(length, form=Covariance()),
+    "smoother square root": lambda length: smoother(length, form=SquareRoot()),
 }
 
 

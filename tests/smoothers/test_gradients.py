@@ -31,8 +31,9 @@ POINTS = {
     "one exact sensor": small(R=np.diag([0.0, 0.5])),
     "time-varying, missing": with_missing(varying(D=2, N=2, T=5), rows=(1,), entries=((3, 0),)),
     "AR(2), R = 0": ar2(T),
+    "nine states": with_missing(small(D=9, Q=np.diag([0.0, *np.ones(8)])), **GAPS),
 }
-SAME_STRUCTURE = [name for name in POINTS if not name.startswith(("time-varying", "AR"))]
+SAME_STRUCTURE = [name for name in POINTS if not name.startswith(("time-varying", "AR", "nine"))]
 # The derivative is a sum of T terms of order one to a hundred; conditions are up to 1e3.
 RTOL = 1e-9
 
@@ -114,10 +115,13 @@ def test_gradient(name, backend, form):
         ("time-varying, missing", "blocked", "square_root"),
         ("AR(2), R = 0", "blocked", "covariance"),
         ("AR(2), R = 0", "sequential", "square_root"),
+        ("nine states", "sequential", "covariance"),
+        ("nine states", "sequential", "square_root"),
+        ("nine states", "blocked", "covariance"),
     ],
 )
 def test_gradient_of_other_structures(name, backend, form):
-    """Parameters for every time step, without inputs, None among the parameters."""
+    """Parameters for every time step, without inputs, None among them; step by step from D = 9."""
     gradient = gradient_function(backend, form)(*POINTS[name])
     check_gradient(gradient, name)
 
@@ -149,6 +153,26 @@ def test_gradient_under_vmap():
     gradients = jax.jit(jax.vmap(jax.grad(value)))(*stacked)
     for i, name in enumerate(SAME_STRUCTURE):
         check_gradient(jax.tree.map(lambda x, i=i: x[i], gradients), name)
+
+
+def test_gradient_and_hessian_of_many_states_under_vmap():
+    """Step by step, against the score in blocks of time."""
+    problem = POINTS["nine states"]
+    series = jnp.stack([problem.emissions, problem.emissions + 1.0])
+
+    def slope(scale, emissions, backend):
+        def value(scale):
+            params = problem.params
+            moved = params.dynamics._replace(weights=scale * params.dynamics.weights)
+            return elkax.lgssm_marginal_log_prob(
+                params._replace(dynamics=moved), emissions, problem.inputs, backend=backend
+            )
+
+        return jax.grad(value)(scale), jax.hessian(value)(scale)
+
+    each = jax.jit(jax.vmap(slope, (None, 0, None)), static_argnums=2)
+    ours, score = each(1.0, series, None), each(1.0, series, elkax.Blocked(2))
+    np.testing.assert_allclose(ours, score, rtol=1e-9)
 
 
 def test_gradient_with_respect_to_emissions_and_inputs():

@@ -95,6 +95,7 @@ SHAPES = {
     "D = 5, N = 2": (partial(random_stable, 5, 2, 33), "sequential", "square_root"),
     "D = 12, N = 3": (partial(random_stable, 12, 3, 17), "blocked", "covariance"),
     "D = 12, N = 3 in blocks": (partial(random_stable, 12, 3, 5), "blocked", "square_root"),
+    "D = 12, N = 3 step by step": (partial(random_stable, 12, 3, 17), "sequential", "square_root"),
     "D = 100, N = 2": (partial(random_stable, 100, 2, 5), "sequential", "covariance"),
 }
 
@@ -203,6 +204,16 @@ def test_padding_never_matters(padding, backend, form):
         smooth = compiled_smoother(backend, form)
         posterior = smooth(*padded(name, length, rubbish, padding), length)
         check_cut(posterior, name, length)
+
+
+def test_padding_behind_many_states():
+    problem, length = random_stable(9, 2, 9), 5
+    behind = problem.emissions.at[length:].set(jnp.inf)
+    posterior = compiled_smoother("sequential", "covariance")(problem.params, behind, None, length)
+    head = PosteriorGSSMSmoothed(
+        posterior.marginal_loglik, *(x[:length] for x in posterior[1:5]), posterior[5][: length - 1]
+    )
+    check_smoothed(head, oracle(problem._replace(emissions=problem.emissions[:length])))
 
 
 @pytest.mark.parametrize("padding", [0.0, jnp.nan])

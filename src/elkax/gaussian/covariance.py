@@ -61,15 +61,23 @@ class Covariance:
         Returns:
             $G$, $U$, and whether $FPF^\top + Q$ is regular; if not, they are meaningless.
         """
-        half = lanes.materialize(lanes.advance(weights, stored))
-        predicted = lanes.materialize(_complete(half, weights, noise))
-        factor, solved = solve_regular(predicted, half)
-        gain = lanes.materialize(transpose(solved))
-        eye = lanes.identity(gain.shape[0], gain.shape[2:], gain.dtype)
-        rest = lanes.materialize(eye - lanes.product(gain, weights))
+        gain, rest, regular = _find_gain(weights, stored, noise)
         kept = lanes.product(matmul(rest, stored), transpose(rest))
         added = lanes.product(matmul(gain, noise), transpose(gain))
-        return gain, symmetrize(lanes.materialize(kept + added)), is_regular(factor)
+        return gain, symmetrize(lanes.materialize(kept + added)), regular
+
+    def smooth(
+        self, weights: Array, stored: Array, noise: Array, after: Array
+    ) -> tuple[Array, Array, Array]:
+        r"""Carry the covariance $P'$ of $z'$ given all data back to $z$.
+
+        $GP'G^\top + U = (I - GF)P(I - GF)^\top + G(Q + P')G^\top$; other arguments and returns as
+        `reverse`.
+        """
+        gain, rest, regular = _find_gain(weights, stored, noise)
+        kept = lanes.materialize(lanes.product(matmul(rest, stored), transpose(rest)))
+        after, noise = lanes.align(after, 2, noise, 2)
+        return gain, self.predict(gain, after + noise, kept), regular
 
     def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]:
         r"""Compute $Ph$ and $s = h^\top Ph + r$ for one scalar $y = h^\top z + N(0, r)$.
@@ -114,6 +122,16 @@ class Covariance:
     def condition(self, stored: Array, information: Array) -> Array:
         r"""Compute $(I + PJ)^{-1}P$; see `condition_on_information`."""
         return condition_on_information(stored, information)
+
+
+def _find_gain(weights: Array, stored: Array, noise: Array) -> tuple[Array, Array, Array]:
+    r"""Compute $G$, $I - GF$, and whether $FPF^\top + Q$ is regular."""
+    half = lanes.materialize(lanes.advance(weights, stored))
+    predicted = lanes.materialize(_complete(half, weights, noise))
+    factor, solved = solve_regular(predicted, half)
+    gain = lanes.materialize(transpose(solved))
+    eye = lanes.identity(gain.shape[0], gain.shape[2:], gain.dtype)
+    return gain, lanes.materialize(eye - lanes.product(gain, weights)), is_regular(factor)
 
 
 def _complete(half: Array, weights: Array, noise: Array) -> Array:

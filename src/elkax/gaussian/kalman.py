@@ -54,6 +54,12 @@ class Form(Protocol):
         """Turn an affine-Gaussian step around."""
         ...
 
+    def smooth(
+        self, weights: Array, stored: Array, noise: Array, after: Array
+    ) -> tuple[Array, Array, Array]:
+        """Turn it around, and carry a covariance back."""
+        ...
+
     def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]:
         """Begin a scalar update: the projection on its row, and the innovation variance."""
         ...

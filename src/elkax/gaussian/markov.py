@@ -44,12 +44,17 @@ class GaussMarkov:
     size: int
     form: Any
 
+    def apply(self, summary: Transition, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Jump over a block, or a step."""
+        mean, cov = state
+        moved = add(matvec(summary.weights, mean), summary.offset)
+        return moved, self.form.predict(summary.weights, cov, summary.cov)
+
     def step(
         self, state: tuple[Array, Array], x: Transition
     ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         """Advance one step; the output is the new mean and covariance."""
-        mean, cov = state
-        new = add(matvec(x.weights, mean), x.offset), self.form.predict(x.weights, cov, x.cov)
+        new = self.apply(x, state)
         return new, new
 
     def identity(self, lane_shape: tuple[int, ...], dtype: DTypeLike) -> Transition:
@@ -60,17 +65,13 @@ class GaussMarkov:
 
     def combine(self, left: Transition, right: Transition) -> Transition:
         r"""Join two blocks: $(M_2M_1, M_2g_1 + g_2, M_2U_1M_2^\top + U_2)$."""
-        (offset, cov), _ = self.step((left.offset, left.cov), right)
+        offset, cov = self.apply(right, (left.offset, left.cov))
         weights = materialize(advance(right.weights, left.weights))
         return Transition(weights, offset, cov)
 
     def absorb(self, summary: Transition, x: Transition) -> Transition:
         """Lengthen a block; one step is its own summary."""
         return self.combine(summary, x)
-
-    def apply(self, summary: Transition, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        """Jump over a block."""
-        return self.step(state, summary)[0]
 
     def sound(self, summary: Transition) -> bool:
         """Every block has a summary."""

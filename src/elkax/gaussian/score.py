@@ -1,6 +1,7 @@
 """The log-likelihood and its derivative, the score."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from elkax.gaussian.kalman import (
 )
 from elkax.gaussian.sharing import share_mask
 from elkax.scan import Backend
+from elkax.scan.choice import steps_fill_machine
 from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes, transpose
 from elkax.scan.layout import in_blocks
 
@@ -68,7 +70,9 @@ def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
     derivative of each step by itself, for all t at once:
     $\partial\ell/\partial\theta = \sum_t \partial(m_{t|t}, P_{t|t}, \ell_t)/\partial\theta \cdot
     (F^\top q_{t+1}, \tfrac12 F^\top(q_{t+1}q_{t+1}^\top - \Lambda_{t+1})F, 1)$. No factorisation
-    is differentiated, so it is finite at Q = 0 and P0 = 0; it can be differentiated again.
+    is differentiated, so it is finite at Q = 0 and P0 = 0; it can be differentiated again. Where
+    single steps keep the machine busy, the filter in covariance form is differentiated step by step
+    instead, which is the same recursion in one pass.
 
     Args:
         model: covariances themselves.
@@ -84,6 +88,14 @@ def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
 
     def density(model: Model) -> Array:
         return jnp.sum(log_density(filter_model(uncorrelate(model), form, backend)))
+
+    def density_of_moments(model: Model) -> Array:
+        return jnp.sum(log_density(filter_model(uncorrelate(model), Covariance(), backend)))
+
+    if steps_fill_machine(backend, len(model.values), len(model.initial_mean)):
+        if isinstance(form, Covariance):
+            return share_mask(density, model)
+        return share_mask(partial(with_derivative_of, density_of_moments, density), model)
 
     def density_and_score(model: Model) -> tuple[Array, Model]:
         model = uncorrelate(model)

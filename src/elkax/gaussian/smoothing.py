@@ -13,10 +13,11 @@ from elkax.gaussian.covariance import Covariance
 from elkax.gaussian.factor import gram, psd_cholesky, symmetrize
 from elkax.gaussian.kalman import FilterOutput, Model, constant_part, merge, over_time
 from elkax.gaussian.markov import GaussMarkov, Transition
-from elkax.scan import Backend, Sequential, choose, lanes, run
+from elkax.scan import Backend, Sequential, lanes, run
+from elkax.scan.choice import steps_fill_machine
 from elkax.scan.fallback import where_sound
 from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes, transpose
-from elkax.scan.layout import fills_lanes, in_blocks
+from elkax.scan.layout import in_blocks
 
 
 class Smoothed(NamedTuple):
@@ -53,10 +54,9 @@ def smooth(model: Model, filtered: FilterOutput, form: Any, backend: Backend | N
     stored = encode_model(model, form)
     length, size = filtered.mean.shape
     by_costates = partial(bryson_frazier, model, filtered, form, backend)
-    used = choose(num_timesteps=length - 1, state_dim=size) if backend is None else backend
-    if isinstance(used, Sequential) and not fills_lanes(size):
+    if steps_fill_machine(backend, length, size):
         found, regular = _in_one_pass(stored, filtered, form)
-        return where_sound(regular, lambda: found, by_costates)
+        return where_sound(regular, partial(_join, filtered, *found, form), by_costates)
     steps, regular = _gains(stored, filtered, form)
     by_gains = partial(_rauch_tung_striebel, steps, filtered, form, backend)
     return where_sound(regular, by_gains, by_costates)
@@ -116,24 +116,34 @@ class RauchTungStriebel(GaussMarkov):
 
     def step(self, state: tuple[Array, Array], x: tuple) -> tuple[tuple[Array, Array], tuple]:
         """Step back."""
-        transition, regular = _turn_around(self.fixed, x, self.form)
-        lagged = matmul(transition.weights, self.form.decode(state[1]))
-        state, (mean, cov) = super().step(state, transition)
-        return state, (mean, cov, lagged, regular)
+        mean, stored = state
+        after, cov, correction = x
+        after = merge(self.fixed, after)
+        gain, back, regular = self.form.smooth(after.weights, cov, after.noise, stored)
+        lagged = matmul(gain, self.form.decode(stored))
+        moved = matvec(gain, mean + correction)
+        if after.valid is not None:
+            moved = jnp.where(after.valid, moved, mean)
+            back = jnp.where(after.valid, back, stored)
+            lagged = jnp.where(after.valid, lagged, self.form.decode(stored))
+            regular = regular | ~after.valid
+        return (moved, back), (moved, back, lagged, regular)
 
     def absorb(self, summary: Transition, x: tuple) -> Transition:
         """Lengthen a block."""
         return self.combine(summary, _turn_around(self.fixed, x, self.form)[0])
 
 
-def _in_one_pass(model: Model, filtered: FilterOutput, form: Any) -> tuple[Smoothed, Array]:
-    """Smooth step by step; returns the moments, and whether every covariance is regular."""
+def _in_one_pass(
+    model: Model, filtered: FilterOutput, form: Any
+) -> tuple[tuple[Array, Array, Array], Array]:
+    """Smooth step by step; returns what `_join` takes, and whether every step is regular."""
     recurrence = RauchTungStriebel(filtered.mean.shape[-1], form, constant_part(model))
     last = (jnp.zeros_like(filtered.mean[-1]), filtered.cov[-1])
     _, (delta, covs, lagged, regular) = run(
         recurrence, last, _steps_back(model, filtered), backend=Sequential(), reverse=True
     )
-    return _join(filtered, delta, covs, lagged, form), regular
+    return (delta, covs, lagged), regular
 
 
 def _rauch_tung_striebel(

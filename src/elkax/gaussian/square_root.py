@@ -57,6 +57,13 @@ class SquareRoot:
         gain = solve_lower(factor, transpose(cross), transposed=True, written_out=True)
         return transpose(gain), rest, is_regular(factor)
 
+    def smooth(
+        self, weights: Array, stored: Array, noise: Array, after: Array
+    ) -> tuple[Array, Array, Array]:
+        """Carry a covariance back; arguments and returns as `Covariance.smooth`."""
+        gain, rest, regular = self.reverse(weights, stored, noise)
+        return gain, self.predict(gain, after, rest), regular
+
     def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]:
         r"""Compute $f = L^\top h$ and $s = f^\top f + r$; arguments as `Covariance.project`."""
         f = matvec(transpose(stored), row)

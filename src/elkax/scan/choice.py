@@ -8,6 +8,7 @@ import jax
 from jaxtyping import PyTree
 
 from elkax.scan.blocked import Blocked
+from elkax.scan.layout import fills_lanes
 from elkax.scan.protocol import Backend, Scannable, State, sequence_length
 from elkax.scan.sequential import Sequential
 from elkax.scan.series import run_series
@@ -51,6 +52,16 @@ def choose(
             return Blocked(min(num_blocks, 256))
         return Sequential()
     return Blocked(num_blocks) if num_timesteps >= 64 else Sequential()
+
+
+def steps_fill_machine(backend: Backend | None, num_timesteps: int, state_dim: int) -> bool:
+    """Tell whether single steps run in sequence because each of them keeps the machine busy.
+
+    Passes over all times are then best made in one, instead of one after the other.
+    """
+    if backend is None:
+        backend = choose(num_timesteps=num_timesteps, state_dim=state_dim)
+    return isinstance(backend, Sequential) and not fills_lanes(state_dim)
 
 
 def run(

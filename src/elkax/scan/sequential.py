@@ -10,11 +10,15 @@ from elkax.scan.protocol import Scannable, State, sequence_length
 
 @dataclass(frozen=True)
 class Sequential:
-    """Run the recurrence with `jax.lax.scan`: T steps in sequence, least work and memory."""
+    """Run the recurrence with `jax.lax.scan`: T steps in sequence, least work and memory.
+
+    Differentiated in reverse it keeps the states alone, and computes each step once more.
+    """
 
     def __call__(
         self, scannable: Scannable, state: State, xs: PyTree, *, reverse: bool = False
     ) -> tuple[State, PyTree]:
         """Run the recurrence; see `elkax.scan.Backend`."""
         sequence_length(xs)
-        return jax.lax.scan(scannable.step, state, xs, reverse=reverse)
+        step = jax.checkpoint(scannable.step, prevent_cse=False)
+        return jax.lax.scan(step, state, xs, reverse=reverse)
