@@ -1,6 +1,6 @@
-"""Nonlinear models: linear ones against `LinearGaussianSSM`, gradients, learning, what is refused."""
+"""Nonlinear models: linear ones against `LinearGaussianSSM`, gradients, learning, bad input."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 import tensorflow_probability.substrates.jax.distributions as tfd
-from dynamax.linear_gaussian_ssm import PosteriorGSSMSmoothed
 from dynamax.nonlinear_gaussian_ssm.models import NonlinearGaussianSSM as DynamaxModel
 from dynamax.nonlinear_gaussian_ssm.models import ParamsNLGSSM
 from dynamax.parameters import ParameterProperties
@@ -35,12 +34,10 @@ LINEAR = with_missing(with_inputs(2, 2, 6), rows=(3,), entries=((1, 0),))
 NUM_SAMPLES = 4000
 
 
-@pytest.mark.parametrize("linearizer", [elkax.Taylor(), elkax.SigmaPoints()])
-def test_linear_model_is_the_linear_gaussian_one(linearizer, key):
-    """Parameters with functions go through jit, as pytrees."""
-    initial, dynamics, emissions = LINEAR.params
-    num_inputs = LINEAR.inputs.shape[1]
-    params = ParamsNLGSSM(
+def as_nonlinear(params):
+    """The same model, its functions pytrees, so that parameters go through jit."""
+    initial, dynamics, emissions = params
+    return ParamsNLGSSM(
         initial.mean,
         initial.cov,
         Partial(affine, dynamics.weights, dynamics.input_weights, dynamics.bias),
@@ -48,33 +45,83 @@ def test_linear_model_is_the_linear_gaussian_one(linearizer, key):
         Partial(affine, emissions.weights, emissions.input_weights, emissions.bias),
         emissions.cov,
     )
+
+
+def run(model, method, params, **options):
+    function = partial(getattr(model, method), **options)
+    return jax.jit(function, compiler_options=FAST_COMPILE)(
+        params=params, emissions=LINEAR.emissions, inputs=LINEAR.inputs
+    )
+
+
+@cache
+def linear_posterior(method):
+    model = LinearGaussianSSM(2, 2, LINEAR.inputs.shape[1], backend=elkax.Sequential())
+    return run(model, method, LINEAR.params)
+
+
+def linear_model(linearizer):
     options = {"linearizer": linearizer, "damping": elkax.GaussNewton(), **QUICK}
-    model = NonlinearGaussianSSM(2, 2, num_inputs, **options)
-    reference = LinearGaussianSSM(2, 2, num_inputs, backend=elkax.Sequential())
+    return NonlinearGaussianSSM(2, 2, LINEAR.inputs.shape[1], **options)
 
-    def both(params, linear, y, u):
-        draws = model.posterior_sample(key, params, y, u, num_samples=NUM_SAMPLES)
-        return draws, *(
-            (each.filter(p, y, u), each.smoother(p, y, u), each.marginal_log_prob(p, y, u))
-            for each, p in ((model, params), (reference, linear))
-        )
 
-    both = jax.jit(both, compiler_options=FAST_COMPILE)
-    draws, ours, theirs = both(params, LINEAR.params, LINEAR.emissions, LINEAR.inputs)
-    for got, expected in zip(ours[:2], theirs[:2], strict=True):
-        for name in got._fields:
-            if not name.startswith("predicted"):
-                value, other = getattr(got, name), getattr(expected, name)
-                np.testing.assert_allclose(value, other, rtol=1e-8, atol=1e-10, err_msg=name)
-    np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-10)
-    means, covs = theirs[1].smoothed_means, theirs[1].smoothed_covariances
+@pytest.mark.parametrize(
+    "linearizer, method",
+    [
+        (elkax.Taylor(), "filter"),
+        (elkax.Taylor(), "smoother"),
+        (elkax.Taylor(), "marginal_log_prob"),
+        (elkax.SigmaPoints(), "marginal_log_prob"),
+    ],
+)
+def test_linear_model_is_the_linear_gaussian_one(linearizer, method):
+    got = run(linear_model(linearizer), method, as_nonlinear(LINEAR.params))
+    if method == "marginal_log_prob":
+        np.testing.assert_allclose(got, linear_posterior("smoother").marginal_loglik, rtol=1e-10)
+        return
+    expected = linear_posterior(method)
+    for name in set(got._fields) - {"predicted_means", "predicted_covariances"}:
+        value, other = getattr(got, name), getattr(expected, name)
+        np.testing.assert_allclose(value, other, rtol=1e-8, atol=1e-10, err_msg=name)
+
+
+class Solved(NonlinearGaussianSSM):
+    """A model of which the solution is known, so that nothing is iterated."""
+
+    def solve(self, params, emissions, inputs=None):
+        trajectory = self.posterior.smoothed_means
+        zero = jnp.zeros(())
+        return elkax.Solution(self.posterior, trajectory, Info(self.status, *[zero] * 5, None))
+
+    def at(self, posterior, status):
+        self.posterior, self.status = posterior, jnp.asarray(status)
+        return self
+
+
+def test_draws_have_the_moments_of_the_posterior(key):
+    posterior = linear_posterior("smoother")
+    model = Solved(2, 2, LINEAR.inputs.shape[1], linearizer=elkax.SigmaPoints(), **QUICK)
+    model = model.at(posterior, elkax.Status.CONVERGED)
+    options = {"key": key, "num_samples": NUM_SAMPLES}
+    draws = run(model, "posterior_sample", as_nonlinear(LINEAR.params), **options)
+    means, covs = posterior.smoothed_means, posterior.smoothed_covariances
     sd = np.sqrt(np.asarray(jnp.diagonal(covs, axis1=1, axis2=2)))
     # Five standard errors of a mean and of a covariance of that many draws.
     error = 5 / np.sqrt(NUM_SAMPLES)
+    assert draws.shape == (NUM_SAMPLES, 6, 2)
     assert np.all(np.abs(draws.mean(0) - means) <= error * sd)
     centred = draws - means
-    sample = jnp.einsum("sti,stj->tij", centred, centred) / NUM_SAMPLES
-    assert np.all(np.abs(sample - covs) <= np.sqrt(2) * error * sd[:, :, None] * sd[:, None])
+    found = jnp.einsum("sti,stj->tij", centred, centred) / NUM_SAMPLES
+    assert np.all(np.abs(found - covs) <= np.sqrt(2) * error * sd[:, :, None] * sd[:, None])
+
+
+def test_no_log_likelihood_and_no_draws_of_what_did_not_converge(key):
+    posterior = linear_posterior("smoother")
+    model = Solved(2, 2, LINEAR.inputs.shape[1], **QUICK).at(posterior, elkax.Status.MAX_ITERS)
+    params = as_nonlinear(LINEAR.params)
+    smoothed = run(model, "smoother", params)
+    assert np.isnan(smoothed.marginal_loglik) and np.all(np.isfinite(smoothed.smoothed_means))
+    assert np.all(np.isnan(run(model, "posterior_sample", params, key=key)))
 
 
 def swing(theta, z):
@@ -82,8 +129,8 @@ def swing(theta, z):
 
 
 def test_gradient_follows_the_trajectory_and_is_absent_without_convergence():
-    """Three sequences in one batch: whole, with a gap, and too far out for seven iterations."""
-    model = NonlinearGaussianSSM(1, 1, max_iters=7, tolerance=1e-10, **QUICK)
+    """Three sequences in one batch: whole, with a gap, and too far out for 16 iterations."""
+    model = NonlinearGaussianSSM(1, 1, max_iters=16, tolerance=1e-10, **QUICK)
 
     def value(theta, emissions):
         step = Partial(swing, theta[0])
@@ -93,7 +140,7 @@ def test_gradient_follows_the_trajectory_and_is_absent_without_convergence():
         )
         return model.marginal_log_prob(params, emissions)
 
-    emissions = jnp.array([[1.0, 1.5, 0.8, 2.0], [1.2, jnp.nan, 1.1, 0.4], [40.0, -40, 40, -40]])
+    emissions = jnp.array([[1.0, 1.5, 0.8, 2.0], [1.2, jnp.nan, 1.1, 0.4], [400, 400, -400, 400]])
     function = jax.vmap(jax.value_and_grad(value), in_axes=(None, 0))
     function = jax.jit(function, compiler_options=FAST_COMPILE)
     theta = jnp.array([0.9, 0.4])
@@ -139,7 +186,9 @@ def test_fit_learns_what_stands_in_a_function(fast_fit, key):
     inputs = jax.random.normal(input_key, (4, 60, 1))
     true = make(1.2, 0.5, 0.1)
     draw = jax.vmap(lambda key, u: model.sample(true, key, 60, u))
-    _, emissions = jax.jit(draw)(jax.random.split(data_key, 4), inputs)
+    _, emissions = jax.jit(draw, compiler_options=FAST_COMPILE)(
+        jax.random.split(data_key, 4), inputs
+    )
     emissions = emissions.at[0, 5:9].set(jnp.nan)
     theta_props = {"slope": FREE, "gain": FROZEN}
     props = ParamsNLGSSM(FROZEN, FROZEN, Partial(step, theta_props), VARIANCE, None, FROZEN)
@@ -184,7 +233,7 @@ def grid_log_likelihood(theta, emissions):
     return total
 
 
-def test_fit_of_counts_by_laplace(fast_fit, key):
+def test_fit_of_counts_by_laplace(fast_fit):
     """One `ParameterProperties` for a whole function; the value against a grid."""
     model = DistributionSSM(1, 1, **QUICK)
 
@@ -194,20 +243,26 @@ def test_fit_of_counts_by_laplace(fast_fit, key):
             jnp.zeros(1), one, step, 0.2 * one, lambda z: tfd.Poisson(log_rate=1.0 + z[0])
         )
 
-    draw = jax.vmap(lambda key: model.sample(make(1.1), key, 40))
-    _, counts = jax.jit(draw)(jax.random.split(key, 4))
-    counts = counts.at[1, 3:6].set(jnp.nan)
+    rng, state, counts = np.random.default_rng(3), np.zeros((4, 1)), []
+    for _ in range(40):
+        state = swing(0.7, state) + np.sqrt(0.2) * rng.normal(size=(4, 1))
+        counts.append(rng.poisson(np.exp(1.0 + state)))
+    counts = jnp.asarray(np.stack(counts, axis=1), float).at[1, 3:6].set(jnp.nan)
     props = ParamsDistributionSSM(FROZEN, FROZEN, FREE, FROZEN, None)
     fitted, losses = model.fit_sgd(
-        make(0.5), props, counts, optimizer=optax.adam(0.1), batch_size=4, num_epochs=15
+        make(0.2), props, counts, optimizer=optax.adam(0.1), batch_size=4, num_epochs=12
     )
-    exact = sum(grid_log_likelihood(0.5, row[:, 0]) for row in np.asarray(counts))
-    print(f"Laplace {-losses[0] * counts.size:.3f}, exact {exact:.3f}")
-    np.testing.assert_allclose(-losses[0] * counts.size, exact, rtol=3e-3)
-    assert losses[-1] < losses[0] - 0.01
+
+    def exact(theta):
+        return sum(grid_log_likelihood(theta, row[:, 0]) for row in np.asarray(counts))
+
     (theta,) = fitted.dynamics_function.args
-    print(f"theta {theta:.3f}")
-    assert abs(theta - 1.1) < 0.25
+    theta = np.asarray(theta)
+    values = {number: exact(number) for number in (0.2, 0.7, float(theta))}
+    print(f"Laplace {-losses[0] * counts.size:.3f}, theta {theta:.3f}, exact {values}")
+    np.testing.assert_allclose(-losses[0] * counts.size, values[0.2], rtol=3e-3)
+    # The estimate, whose standard error is about 0.1, is likelier than the truth.
+    assert values[float(theta)] > values[0.7] and abs(theta - 0.7) < 0.3
     assert fitted.curvature == elkax.ClippedHessian()
 
 
@@ -228,21 +283,6 @@ def test_fit_passes_over_a_minibatch_without_a_value():
     fitted, losses = Spoiled(1, 1).fit_sgd(PARAMS, PROPS, emissions, optimizer=optax.sgd(0.5))
     assert np.all(np.isnan(losses))
     np.testing.assert_allclose(fitted.initial_mean, 1.0, atol=1e-6)
-
-
-def test_no_log_likelihood_and_no_draws_of_what_did_not_converge(key):
-    class Unfinished(NonlinearGaussianSSM):
-        def solve(self, params, emissions, inputs=None):
-            zero, covs = jnp.zeros((2, 1)), jnp.ones((2, 1, 1))
-            posterior = PosteriorGSSMSmoothed(jnp.zeros(()), zero, covs, zero, covs, covs[1:])
-            status = jnp.asarray(elkax.Status.MAX_ITERS)
-            return elkax.Solution(posterior, zero, Info(status, *[zero[0, 0]] * 5, None))
-
-    model, emissions = Unfinished(1, 1, backend=elkax.Sequential()), jnp.zeros((2, 1))
-    posterior = model.smoother(PARAMS, emissions)
-    assert np.isnan(posterior.marginal_loglik) and np.all(np.isfinite(posterior.smoothed_means))
-    assert np.isnan(model.marginal_log_prob(PARAMS, emissions))
-    assert np.all(np.isnan(model.posterior_sample(key, PARAMS, emissions)))
 
 
 def test_distributions_of_one_step(key):
@@ -268,8 +308,8 @@ def test_distributions_of_one_step(key):
         return DistributionSSM(2, 2).emission_distribution(params, jnp.zeros(2))
 
     y = jnp.array([1.0, 2.0])
-    expected = jnp.sum(tfd.Poisson(rate=1.0).log_prob(y))
-    for made in (lambda z: tfd.Poisson(log_rate=z), lambda z: tfd.Poisson(log_rate=z[0])):
+    expected = jnp.sum(tfd.Laplace(0.0, 1.0).log_prob(y))
+    for made in (lambda z: tfd.Laplace(z, 1.0), lambda z: tfd.Laplace(z[0], 1.0)):
         assert emit(made).sample(seed=key).shape == (2,)
         np.testing.assert_allclose(emit(made).log_prob(y), expected)
     joint = emit(lambda z: tfd.MultivariateNormalDiag(z))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -44,7 +45,8 @@ class NonlinearSSM(SSM):
         input_dim: U, 0 if the functions take no inputs.
         linearizer: `Taylor()` or `SigmaPoints(rule)`.
         damping: as `iterated_smoother`.
-        max_iters: as `iterated_smoother`.
+        max_iters: most iterations of the smoother. More than `iterated_smoother` takes, since
+            there is no log-likelihood without convergence; only hard sequences need many.
         tolerance: as `iterated_smoother`.
         start: as `iterated_smoother`.
         residual: as `iterated_smoother`.
@@ -66,7 +68,7 @@ class NonlinearSSM(SSM):
         *,
         linearizer: Linearizer = Taylor(),
         damping: Damping = LevenbergMarquardt(),
-        max_iters: int = 50,
+        max_iters: int = 500,
         tolerance: float | None = None,
         start: Any = None,
         residual: Residual | None = None,
@@ -282,7 +284,7 @@ class NonlinearSSM(SSM):
             properties,
             jnp.asarray(emissions),
             None if inputs is None else jnp.asarray(inputs),
-            optax.apply_if_finite(optimizer, FOREVER),
+            _only_if_finite(optimizer),
             batch_size,
             num_epochs,
             shuffle,
@@ -346,6 +348,13 @@ def gaussian(mean: ArrayLike, name: str, cov: ArrayLike) -> tfd.Distribution:
             f"same at all times, got {cov.shape}"
         )
     return tfd.MultivariateNormalTriL(mean, psd_cholesky(cov))
+
+
+def _only_if_finite(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Let an optimizer pass over gradients that are not finite."""
+    careful = optax.apply_if_finite(optimizer, FOREVER)
+    # Compiled once; the branches of optax would be compiled anew in every step.
+    return optax.GradientTransformation(careful.init, jax.jit(careful.update))
 
 
 def _one_if_converged(solution: Solution) -> Array:

@@ -31,7 +31,8 @@ class NonlinearGaussianSSM(NonlinearSSM, dynamax_models.NonlinearGaussianSSM):
         input_dim: U, 0 if the functions take no inputs.
         linearizer: `Taylor()`, for the MAP trajectory, or `SigmaPoints(rule)`.
         damping: `LevenbergMarquardt()`, `LineSearch()` or `GaussNewton()`, which is none.
-        max_iters: most iterations of the smoother.
+        max_iters: most iterations of the smoother. More than `iterated_smoother` takes, since
+            there is no log-likelihood without convergence; only hard sequences need many.
         tolerance: as `iterated_smoother`.
         start: as `iterated_smoother`.
         residual: $(y, \hat y)$ to their difference, for emissions on a circle.
