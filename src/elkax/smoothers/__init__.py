@@ -13,7 +13,6 @@ from elkax.smoothers.nonlinear_filters import (
     cubature_kalman_filter,
     cubature_kalman_smoother,
     extended_kalman_filter,
-    extended_kalman_posterior_sample,
     extended_kalman_smoother,
     gauss_hermite_kalman_filter,
     gauss_hermite_kalman_smoother,
@@ -21,6 +20,10 @@ from elkax.smoothers.nonlinear_filters import (
     gaussian_smoother,
     unscented_kalman_filter,
     unscented_kalman_smoother,
+)
+from elkax.smoothers.nonlinear_sampling import (
+    extended_kalman_posterior_sample,
+    iterated_posterior_sample,
 )
 from elkax.smoothers.online import OnlineState, lgssm_online_start, lgssm_online_step
 from elkax.smoothers.residuals import (
@@ -62,6 +65,7 @@ __all__ = [
     "gauss_hermite_kalman_smoother",
     "gaussian_filter",
     "gaussian_smoother",
+    "iterated_posterior_sample",
     "iterated_smoother",
     "laplace_log_prob",
     "lgssm_disturbances",

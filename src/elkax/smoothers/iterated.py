@@ -189,7 +189,7 @@ def iterated_smoother(
     """
     check_backend(backend)
     stored = find_form(form)
-    _check_strategy(linearizer, damping, max_iters)
+    check_strategy(linearizer, damping, max_iters)
     system, data = prepare_system(params, emissions, inputs, residual=residual)
     means, covs = _find_start(start, system, data, linearizer, stored, backend)
     dtype = means.dtype
@@ -209,7 +209,8 @@ def iterated_smoother(
     )
 
 
-def _check_strategy(linearizer: Any, damping: Any, max_iters: Any) -> None:
+def check_strategy(linearizer: Any, damping: Any, max_iters: Any) -> None:
+    """Raise unless the options of an iteration are of their kinds."""
     for name, value, kind, example in (
         ("linearizer", linearizer, Linearizer, "Taylor()"),
         ("damping", damping, Damping, "LevenbergMarquardt()"),

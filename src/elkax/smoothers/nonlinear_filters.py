@@ -16,11 +16,10 @@ from jaxtyping import Array, ArrayLike
 from elkax.gaussian import Form
 from elkax.gaussian.smoothing import Smoothed
 from elkax.linearize import Cubature, GaussHermite, Linearizer, SigmaPoints, Taylor, Unscented
+from elkax.linearize.emissions import Residual
 from elkax.scan import Backend
-from elkax.smoothers.linearization import Linearized
 from elkax.smoothers.nonlinear import decode, filter_system, smooth_filtered, smooth_moments
 from elkax.smoothers.prepare import check_backend, check_count, find_form
-from elkax.smoothers.sampling import Key, draw_posterior
 from elkax.smoothers.system import Data, NonlinearParams, System, prepare_system
 
 FIELDS = ("filtered_means", "filtered_covariances", "predicted_means", "predicted_covariances")
@@ -81,11 +80,6 @@ def _posterior(
     return PosteriorGSSMSmoothed(value, means, covs, mean, cov, cross)
 
 
-@partial(jax.jit, static_argnames=("system", "linearizer", "form"))
-def _linearized(system: System, data: Data, *, linearizer: Linearizer, form: Form) -> Linearized:
-    return filter_system(system, data, linearizer, form).linearized
-
-
 def gaussian_filter(
     params: NonlinearParams,
     emissions: ArrayLike,
@@ -94,6 +88,7 @@ def gaussian_filter(
     linearizer: Linearizer = Taylor(),
     num_iter: int = 1,
     output_fields: Sequence[str] | None = FIELDS,
+    residual: Residual | None = None,
     form: str = "covariance",
 ) -> PosteriorGSSMFiltered:
     r"""Filter a nonlinear model, linearizing where the filter is; sequential in time.
@@ -109,6 +104,7 @@ def gaussian_filter(
         num_iter: linearizations of each emission. Later ones are about the moments that came of
             it, and every update starts from the prediction: a linear model is not changed by it.
         output_fields: which of the moments to return, all if None.
+        residual: $(y, \hat y)$ to their difference, for emissions on a circle.
         form: "covariance" or "square_root".
 
     Returns:
@@ -129,7 +125,7 @@ def gaussian_filter(
     unknown = set(wanted) - {*FIELDS, "marginal_loglik"}
     if unknown:
         raise ValueError(f"output_fields must be among {FIELDS}, got {sorted(unknown)}")
-    system, data = prepare_system(params, emissions, inputs)
+    system, data = prepare_system(params, emissions, inputs, residual=residual)
     posterior = _filter(system, data, linearizer=linearizer, form=stored, num_iter=num_iter)
     if data.inputs is not None or data.noise.ndim == 3:
         posterior = posterior._replace(
@@ -146,6 +142,7 @@ def gaussian_smoother(
     *,
     linearizer: Linearizer = Taylor(),
     num_iter: int = 1,
+    residual: Residual | None = None,
     backend: Backend | None = None,
     form: str = "covariance",
 ) -> PosteriorGSSMSmoothed:
@@ -160,6 +157,7 @@ def gaussian_smoother(
         inputs: as `gaussian_filter`.
         linearizer: as `gaussian_filter`.
         num_iter: as `gaussian_filter`.
+        residual: as `gaussian_filter`.
         backend: how the smoother runs over time; chosen by `elkax.scan.choose` if None.
         form: "covariance" or "square_root".
 
@@ -174,7 +172,7 @@ def gaussian_smoother(
     check_backend(backend)
     stored = find_form(form)
     check_count("num_iter", num_iter)
-    system, data = prepare_system(params, emissions, inputs)
+    system, data = prepare_system(params, emissions, inputs, residual=residual)
     return _smoother(
         system, data, linearizer=linearizer, form=stored, backend=backend, num_iter=num_iter
     )
@@ -215,53 +213,6 @@ def extended_kalman_smoother(
     return _smoother_of_filtered(
         system, data, filtered_posterior, form=find_form(form), backend=backend
     )
-
-
-def extended_kalman_posterior_sample(
-    key: Key,
-    params: ParamsNLGSSM,
-    emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
-    *,
-    linearizer: Linearizer = Taylor(),
-    num_samples: int | None = None,
-    backend: Backend | None = None,
-    form: str = "covariance",
-) -> Array:
-    """Draw states from the posterior of the model linearized where the filter was.
-
-    Args:
-        key: random key.
-        params: as `gaussian_filter`.
-        emissions: as `gaussian_filter`.
-        inputs: as `gaussian_filter`.
-        linearizer: as `gaussian_filter`.
-        num_samples: how many draws; None for one without a leading axis.
-        backend: as `gaussian_smoother`.
-        form: as `gaussian_smoother`.
-
-    Returns:
-        (T, D), or (num_samples, T, D).
-
-    Raises:
-        ValueError: as `gaussian_filter`, or if num_samples < 1.
-        TypeError: as `gaussian_filter`.
-    """
-    check_backend(backend)
-    if num_samples is not None:
-        check_count("num_samples", num_samples)
-    stored = find_form(form)
-    system, data = prepare_system(params, emissions, inputs)
-    linearized = _linearized(system, data, linearizer=linearizer, form=stored)
-    draws = draw_posterior(
-        key,
-        linearized.model,
-        num_samples=num_samples or 1,
-        form=stored,
-        backend=backend,
-        initial=None,
-    )
-    return draws[0] if num_samples is None else draws
 
 
 def _unscented(hyperparams: Any) -> SigmaPoints:

@@ -349,4 +349,5 @@ def _laplace(system: System, data: Data, means: Array) -> Array:
     num_gaussian = jnp.sum(data.observed) if system.emission.quadratic else 0
     value = -_lagrangian(system, data, point) - 0.5 * jnp.sum(log_dets)
     value = value - 0.5 * num_gaussian * jnp.log(2 * jnp.pi)
-    return jnp.where(negative == num_multipliers, value, jnp.nan)
+    # A factor and not a choice, which would have the derivative zero.
+    return value * jnp.where(negative == num_multipliers, 1.0, jnp.nan)

@@ -1,0 +1,73 @@
+"""Parameters with functions in them as pytrees of arrays that an optimizer can move."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from dynamax.parameters import ParameterProperties
+from jax.tree_util import Partial
+
+
+def as_learnable(params: Any, props: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
+    """Turn parameters and properties into pytrees of the same structure, without other leaves.
+
+    Plain functions become a `Partial` without arguments, which has no leaves.
+
+    Args:
+        params: named tuple of arrays, functions, and callable pytrees such as `Partial(f, theta)`.
+        props: named tuple of the same type; a `ParameterProperties` in the place of a pytree
+            counts for all its arrays, and what is in the place of a plain function is not read.
+
+    Returns:
+        Both, and a function that puts the plain functions back into the parameters.
+
+    Raises:
+        ValueError: if properties do not have the structure of the parameters.
+        TypeError: if props is of another type, or a leaf is no array of floating-point numbers.
+    """
+    if type(props) is not type(params):
+        raise TypeError(f"props must be {type(params).__name__}, got {type(props).__name__}")
+    plain = {
+        name: value
+        for name, value in params._asdict().items()
+        if callable(value) and jax.tree.structure(value) == jax.tree.structure(0)
+    }
+    wrapped = {name: Partial(value) for name, value in plain.items()}
+    arrays = {
+        name: jax.tree.map(lambda leaf, name=name: _floating(name, leaf), value)
+        for name, value in params._asdict().items()
+        if name not in plain
+    }
+    properties = {name: _match(name, value, getattr(props, name)) for name, value in arrays.items()}
+    return (
+        params._replace(**arrays, **wrapped),
+        props._replace(**properties, **wrapped),
+        lambda fitted: fitted._replace(**plain),
+    )
+
+
+def _floating(name: str, leaf: Any) -> jax.Array:
+    try:
+        array = jnp.asarray(leaf)
+    except TypeError as error:
+        raise TypeError(f"params.{name} must hold arrays only, got {leaf!r}") from error
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"params.{name} must hold floating-point numbers, got {array.dtype}")
+    return array
+
+
+def _match(name: str, value: Any, prop: Any) -> Any:
+    """Return properties in the structure of a value."""
+    if isinstance(prop, ParameterProperties):
+        return jax.tree.map(lambda _: prop, value)
+    leaves, structure = jax.tree.flatten(
+        prop, is_leaf=lambda node: isinstance(node, ParameterProperties)
+    )
+    expected = jax.tree.structure(value)
+    if structure != expected or not all(isinstance(leaf, ParameterProperties) for leaf in leaves):
+        raise ValueError(
+            f"props.{name} must be ParameterProperties, or have one in the place of each array of "
+            f"params.{name}, {expected}, got {prop!r}"
+        )
+    return prop
