@@ -16,14 +16,13 @@ optional.
 """
 
 import argparse
-import multiprocessing
-import time
 from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import compile_program, interleave, survives
 
 import elkax
 
@@ -147,24 +146,7 @@ def prepare(name, task, params, emissions):
     program = COMPETITORS[name](task)
     if emissions.ndim == 3:
         program = jax.vmap(program, in_axes=(None, 0))
-    lowered = jax.jit(program).lower(params, emissions)
-    start = time.perf_counter()
-    compiled = lowered.compile()
-    seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    peak = memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else float("nan")
-    return compiled, seconds, peak
-
-
-def survives(name, task, cell, limit):
-    """Run a competitor once in a process of its own, so that a deadlock ends only that."""
-    process = multiprocessing.get_context("spawn").Process(target=_once, args=(name, task, cell))
-    process.start()
-    process.join(limit)
-    alive = process.is_alive()
-    if alive:
-        process.kill()
-    return not alive and process.exitcode == 0
+    return compile_program(program, params, emissions)
 
 
 def _once(name, task, cell):
@@ -190,20 +172,15 @@ def run_cell(task, cell, names, repeats, limit):
     # Without this dynamax and cuthbert would mix float64 into float32.
     jax.config.update("jax_enable_x64", cell[-1] == jnp.float64)
     params, emissions = make_problem(*cell)
-    programs, seconds, peaks, errors, times = {}, {}, {}, {}, {}
+    programs, seconds, peaks, errors = {}, {}, {}, {}
     for name in names:
-        if name == "dynamax parallel" and not survives(name, task, cell, limit):
+        if name == "dynamax parallel" and not survives(_once, (name, task, cell), limit):
             print(f"  {name:18s} did not finish within {limit} s", flush=True)
             continue
         programs[name], seconds[name], peaks[name] = prepare(name, task, params, emissions)
         result = jax.block_until_ready(programs[name](params, emissions))
         errors[name] = error_of(result, exact, task)
-        times[name] = []
-    for _ in range(repeats):
-        for name, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program(params, emissions))
-            times[name].append(time.perf_counter() - start)
+    times = interleave(programs, (params, emissions), repeats)
     ours = np.array(times["elkax"])
     for name, measured in times.items():
         ratio = np.median(np.array(measured) / ours)

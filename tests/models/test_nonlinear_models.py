@@ -18,7 +18,6 @@ import elkax
 from elkax import DistributionSSM, LinearGaussianSSM, NonlinearGaussianSSM, ParamsDistributionSSM
 from elkax.smoothers import Info
 from problems import with_inputs, with_missing
-from smoothers.linear_checks import FAST_COMPILE
 
 # Sequential, and from the prior: what compiles fastest.
 QUICK = {"start": "prior", "backend": elkax.Sequential()}
@@ -49,9 +48,7 @@ def as_nonlinear(params):
 
 def run(model, method, params, **options):
     function = partial(getattr(model, method), **options)
-    return jax.jit(function, compiler_options=FAST_COMPILE)(
-        params=params, emissions=LINEAR.emissions, inputs=LINEAR.inputs
-    )
+    return jax.jit(function)(params=params, emissions=LINEAR.emissions, inputs=LINEAR.inputs)
 
 
 @cache
@@ -142,7 +139,7 @@ def test_gradient_follows_the_trajectory_and_is_absent_without_convergence():
 
     emissions = jnp.array([[1.0, 1.5, 0.8, 2.0], [1.2, jnp.nan, 1.1, 0.4], [400, 400, -400, 400]])
     function = jax.vmap(jax.value_and_grad(value), in_axes=(None, 0))
-    function = jax.jit(function, compiler_options=FAST_COMPILE)
+    function = jax.jit(function)
     theta = jnp.array([0.9, 0.4])
     values, gradients = function(theta, emissions[:, :, None])
     assert np.all(np.isfinite(values[:2])) and np.isnan(values[2])
@@ -161,7 +158,7 @@ def test_gradient_follows_the_trajectory_and_is_absent_without_convergence():
 @pytest.fixture
 def fast_fit(monkeypatch):
     """Let dynamax's gradient descent compile as the other tests do."""
-    fast = partial(jax.jit, compiler_options=FAST_COMPILE)
+    fast = partial(jax.jit)
     monkeypatch.setattr("dynamax.utils.optimize.jit", fast)
 
 
@@ -186,9 +183,7 @@ def test_fit_learns_what_stands_in_a_function(fast_fit, key):
     inputs = jax.random.normal(input_key, (4, 60, 1))
     true = make(1.2, 0.5, 0.1)
     draw = jax.vmap(lambda key, u: model.sample(true, key, 60, u))
-    _, emissions = jax.jit(draw, compiler_options=FAST_COMPILE)(
-        jax.random.split(data_key, 4), inputs
-    )
+    _, emissions = jax.jit(draw)(jax.random.split(data_key, 4), inputs)
     emissions = emissions.at[0, 5:9].set(jnp.nan)
     theta_props = {"slope": FREE, "gain": FROZEN}
     props = ParamsNLGSSM(FROZEN, FROZEN, Partial(step, theta_props), VARIANCE, None, FROZEN)

@@ -14,6 +14,8 @@ from elkax import GaussNewton, LevenbergMarquardt, LineSearch, SigmaPoints, Stat
 from nonlinear_problems import (
     coordinated_turn,
     gaussian_params,
+    map_cost,
+    polished,
     simulate,
     ungm,
     ungm_dynamics,
@@ -21,38 +23,6 @@ from nonlinear_problems import (
     wrap,
 )
 from smoothers.linear_checks import BACKENDS, within
-
-
-def gaussian_cost(params, emissions, inputs=None, residual=jnp.subtract):
-    """The MAP cost as a function of the trajectory, written out for regular covariances."""
-    m0, P0, f, Q, h, R = params
-    apply = jax.vmap(lambda g, z, u: g(z) if inputs is None else g(z, u), (None, 0, 0))
-    u = jnp.zeros((len(emissions), 0)) if inputs is None else inputs
-
-    def square(e, cov):
-        return 0.5 * jnp.sum(e * jnp.linalg.solve(cov, e.T).T)
-
-    def cost(z):
-        e = z[1:] - apply(f, z[:-1], u[1:])
-        v = residual(emissions, apply(h, z, u))
-        return square((z[0] - m0)[None], P0) + square(e, Q) + square(v, R)
-
-    return cost
-
-
-def polished(cost, trajectory):
-    """Where L-BFGS gets from a trajectory."""
-    shape = trajectory.shape
-    value = jax.jit(jax.value_and_grad(lambda x: cost(x.reshape(shape))))
-    options = {"maxiter": 3000, "maxfun": 6000, "ftol": 1e-16, "gtol": 1e-10}
-    result = minimize(
-        lambda x: tuple(np.asarray(part) for part in value(x)),
-        np.asarray(trajectory).ravel(),
-        jac=True,
-        method="L-BFGS-B",
-        options=options,
-    )
-    return result.fun
 
 
 def swing(z):
@@ -73,7 +43,7 @@ START = jnp.asarray(STATES + 0.3 * np.random.default_rng(0).normal(size=STATES.s
 
 def dense_step(start, strength, second_order):
     """One damped step by the stacked normal equations in NumPy, from JAX's own derivatives."""
-    cost = gaussian_cost(SWING, EMISSIONS)
+    cost = map_cost(SWING, EMISSIONS)
     gradient = np.asarray(jax.grad(cost)(start)).ravel()
 
     def stacked(z):
@@ -130,7 +100,7 @@ def test_backends_take_the_same_steps():
 
 def check_minimum(solution):
     """SciPy does not lower it, the cost is the cost, and the posterior is centred on it."""
-    cost = gaussian_cost(SWING, EMISSIONS)
+    cost = map_cost(SWING, EMISSIONS)
     assert solution.info.status == Status.CONVERGED
     np.testing.assert_allclose(solution.info.cost, cost(solution.trajectory), rtol=1e-12)
     assert cost(solution.trajectory) - polished(cost, solution.trajectory) < 1e-9
@@ -254,7 +224,7 @@ def test_coordinated_turn_from_any_start():
     fall = cost[..., 1:] - cost[..., :-1]
     assert np.all((fall <= 1e-12 * (1 + np.abs(cost[..., 1:]))) | np.isnan(fall))
     for i, problem in enumerate(problems):
-        function = gaussian_cost(problem.params, problem.emissions, residual=wrap)
+        function = map_cost(problem.params, problem.emissions, residual=wrap)
         best = np.argmin(solution.info.cost[i])
         trajectory = solution.trajectory[i, best]
         np.testing.assert_allclose(solution.info.cost[i, best], function(trajectory), rtol=1e-9)

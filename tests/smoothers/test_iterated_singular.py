@@ -4,6 +4,8 @@ Where Q has no noise in some direction the states are functions of what is left:
 over that, and the constraints hold by construction.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,19 +13,13 @@ from scipy.optimize import minimize
 
 import elkax
 from elkax import LevenbergMarquardt, Status
-from nonlinear_problems import gaussian_params, simulate
+from nonlinear_problems import gaussian_params, horizontal, pendulum_dynamics, simulate
 from smoothers.linear_checks import within
 
 T = 15
 
 
-def pendulum(z):
-    return jnp.stack([z[0] + 0.2 * z[1], z[1] - 1.0 * jnp.sin(z[0])])
-
-
-def sine(z):
-    return jnp.sin(z[:1])
-
+pendulum = partial(pendulum_dynamics, dt=0.2, g=5.0)
 
 PROBLEMS = {
     "position is exact": ([[0.0, 0.0], [0.0, 0.3]], np.eye(2)),
@@ -34,7 +30,7 @@ PROBLEMS = {
 
 def smooth(damping):
     def run(Q, P0, emissions, start):
-        params = gaussian_params(MEAN, np.eye(2), pendulum, np.eye(2), sine, [[0.1]])
+        params = gaussian_params(MEAN, np.eye(2), pendulum, np.eye(2), horizontal, [[0.1]])
         params = params._replace(dynamics_covariance=Q, initial_covariance=P0)
         return elkax.iterated_smoother(
             params,
@@ -96,7 +92,7 @@ def test_singular_models_reach_a_constrained_minimum():
     P0 = np.stack([P0 for _, P0 in PROBLEMS.values()])
     emissions = []
     for q, p in zip(Q, P0, strict=True):
-        params = gaussian_params(MEAN, p, pendulum, q, sine, [[0.1]])
+        params = gaussian_params(MEAN, p, pendulum, q, horizontal, [[0.1]])
         emissions.append(simulate(params, T, 3)[1])
     emissions = np.stack(emissions)
     start = np.broadcast_to(MEAN, (len(Q), T, 2))
