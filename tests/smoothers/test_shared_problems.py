@@ -75,3 +75,17 @@ def test_backends_end_at_the_same_trajectory(name):
     assert one_info.iterations == other_info.iterations
     # Rounding, carried through 60 steps and some 30 iterations.
     np.testing.assert_allclose(one, other, atol=1e-7)
+
+
+def test_a_step_that_damping_makes_vanish_is_no_arrival():
+    """The largest entry of the Hessian, exp(60), leaves a damping that is never small elsewhere."""
+    problem = ricker(T=50)
+    start = jnp.zeros((50, 1)).at[1].set(60.0)
+
+    def info(emissions):
+        return elkax.iterated_smoother(
+            problem.params, emissions, start=start, backend=elkax.Sequential(), max_iters=100
+        ).info
+
+    found = jax.jit(info)(problem.emissions)
+    assert found.cost > 1e10 and found.status == Status.MAX_ITERS and jnp.isinf(found.step)

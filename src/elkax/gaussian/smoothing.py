@@ -121,8 +121,9 @@ class RauchTungStriebel(GaussMarkov):
         after = merge(self.fixed, after)
         gain, back, regular = self.form.smooth(after.weights, cov, after.noise, stored)
         lagged = matmul(gain, self.form.decode(stored))
-        moved = matvec(gain, mean + correction)
+        moved = matvec(gain, lanes.add(mean, correction))
         if after.valid is not None:
+            mean, moved = lanes.align(mean, 1, moved, 1)
             moved = jnp.where(after.valid, moved, mean)
             back = jnp.where(after.valid, back, stored)
             lagged = jnp.where(after.valid, lagged, self.form.decode(stored))

@@ -10,7 +10,13 @@ from jaxtyping import Array
 from elkax.gaussian import Form, Model
 from elkax.linearize import Linearizer
 from elkax.scan import Backend
-from elkax.smoothers.cost import Misfit, measure, predict_change, second_order
+from elkax.smoothers.cost import (
+    Misfit,
+    hessian_diagonal,
+    measure,
+    predict_change,
+    second_order,
+)
 from elkax.smoothers.damping import Attempt, Damping
 from elkax.smoothers.iteration import Progress
 from elkax.smoothers.linear import filter_and_smooth
@@ -25,8 +31,8 @@ class Record(NamedTuple):
         cost: of the trajectory after it; see `Info`.
         damping: largest precision of a pseudo-observation, relative to that of the posterior.
         step: largest step of a state in its posterior standard deviations, as it would be without
-            damping. Where the linearizer uses covariances, or the largest relative change of one of
-            them, or what the damping makes of it.
+            damping; infinite where that cannot be told. Where the linearizer uses covariances, or
+            the largest relative change of one of them, or what the damping makes of it.
         accepted: whether the step was taken.
         constraint_residual: sum of the violations of exact constraints.
     """
@@ -81,6 +87,12 @@ def advance(solver: Solver, point: Point) -> tuple[Point, Progress]:
     smoothed = filter_and_smooth(model, form, backend).smoothed
     step = smoothed.mean - means
     size, relative = _step_size(step, means, smoothed.cov, precision)
+    if precision is not None:
+        # Where damping is all there is, nothing is known of an undamped step.
+        hessian = hessian_diagonal(linearized)
+        share = jnp.where(hessian > 0, precision / jnp.where(hessian > 0, hessian, 1.0), 0.0)
+        relative = jnp.maximum(relative, jnp.max(share))
+        size = jnp.where(relative < 0.01 / jnp.finfo(means.dtype).eps, size, jnp.inf)
     if covs is not None:
         size = jnp.maximum(size, jnp.maximum(relative, _change_of_covs(covs, smoothed.cov)))
     trial = _try_fractions(solver, linearized, before, point, step, curvature)
@@ -94,10 +106,12 @@ def advance(solver: Solver, point: Point) -> tuple[Point, Progress]:
     taken = verdict.choice
     finite = jnp.isfinite(cost) & jnp.all(jnp.isfinite(linearized.model.weights))
     accepted = verdict.accepted & finite
+    # What an undamped step would bring.
     worth = (1.0 + relative) * jnp.abs(trial.predicted[0])
     # Slow convergence still shrinks the step; rounding does not.
     settled = (worth <= 0.25 * eps) & (size >= 0.5 * point.step)
     settled = settled | ((worth <= 256 * eps) & (size >= point.step))
+    settled = settled & jnp.isfinite(size)
     moved = means + jnp.asarray(damping.fractions, means.dtype)[taken] * step
     new = Point(
         jnp.where(accepted, moved, means),
