@@ -1,3 +1,4 @@
+import gc
 import importlib.metadata
 import os
 
@@ -12,6 +13,9 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     # The emitters that later versions no longer have take half as long.
     _flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
+
+# Tracing makes millions of objects that live on.
+gc.set_threshold(200_000, 50, 100)
 
 jax.config.update("jax_enable_x64", True)
 

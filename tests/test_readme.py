@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 
 
@@ -12,9 +14,10 @@ def blocks(section, language):
     return re.findall(rf"^```{language}\n(.*?)^```$", body, re.M | re.S)
 
 
-def test_example_prints_what_the_readme_shows(tmp_path):
-    (example,) = blocks("Example", "python")
-    (printed,) = blocks("Example", "text")
+@pytest.mark.parametrize("section", ["Example", "Nonlinear models"])
+def test_example_prints_what_the_readme_shows(section, tmp_path):
+    (example,) = blocks(section, "python")
+    (printed,) = blocks(section, "text")
     run = subprocess.run(
         [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True
     )

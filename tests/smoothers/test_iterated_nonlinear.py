@@ -215,10 +215,10 @@ def test_coordinated_turn_from_any_start():
             history=True,
         )
 
-    over_starts = jax.vmap(smooth, (None, None, 0))
-    R = jnp.stack([problem.params.emission_covariance for problem in problems])
-    y = jnp.stack([problem.emissions for problem in problems])
-    solution = jax.jit(jax.vmap(over_starts))(R, y, starts)
+    R = jnp.stack([problem.params.emission_covariance for problem in problems for _ in range(3)])
+    y = jnp.stack([problem.emissions for problem in problems for _ in range(3)])
+    runs = jax.jit(jax.vmap(smooth))(R, y, starts.reshape(6, *mean.shape))
+    solution = jax.tree.map(lambda leaf: leaf.reshape(2, 3, *leaf.shape[1:]), runs)
     assert np.all(solution.info.status == Status.CONVERGED)
     cost = np.asarray(solution.info.history.cost)
     fall = cost[..., 1:] - cost[..., :-1]
