@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from elkax.gaussian import Covariance, KalmanFilter, Model, SquareRoot
-from elkax.gaussian.kalman import constant_part, over_time
 from elkax.gaussian.markov import GaussMarkov, Transition
+from elkax.gaussian.model import constant_part, over_time
 from elkax.gaussian.smoothing import RauchTungStriebel
 from elkax.scan import Affine
 

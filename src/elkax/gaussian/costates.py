@@ -6,16 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from elkax.gaussian.covariance import Covariance
-from elkax.gaussian.kalman import (
-    FilterOutput,
-    KalmanFilter,
-    Model,
-    State,
-    constant_part,
-    merge,
-    over_time,
-)
+from elkax.gaussian.kalman import FilterOutput, KalmanFilter, State
 from elkax.gaussian.markov import GaussMarkov, Transition
+from elkax.gaussian.model import Model, constant_part, merge, over_time
 from elkax.scan import Backend, run
 from elkax.scan.lanes import from_lanes, materialize, matmul, to_lanes, transpose
 from elkax.scan.layout import in_blocks

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from elkax.gaussian.factor import unit_ldl
-from elkax.gaussian.kalman import Model
+from elkax.gaussian.model import Model
 from elkax.scan.fallback import where_sound
 from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes
 

@@ -11,15 +11,8 @@ from jaxtyping import Array
 from elkax.gaussian.costates import before, continues, filter_model, find_costates, next_weights
 from elkax.gaussian.covariance import Covariance
 from elkax.gaussian.decorrelation import uncorrelate
-from elkax.gaussian.kalman import (
-    FilterOutput,
-    KalmanFilter,
-    Model,
-    constant_part,
-    log_density,
-    merge,
-    over_time,
-)
+from elkax.gaussian.kalman import FilterOutput, KalmanFilter, log_density
+from elkax.gaussian.model import Model, constant_part, merge, over_time
 from elkax.gaussian.sharing import share_mask
 from elkax.scan import Backend
 from elkax.scan.choice import steps_fill_machine

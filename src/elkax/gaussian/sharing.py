@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from elkax.gaussian.kalman import MEANS_AND_DATA, Model
+from elkax.gaussian.model import MEANS_AND_DATA, Model
 from elkax.scan.fallback import where_sound
 from elkax.scan.series import Leaves, Rule, plain_vmap, with_vmap_rule
 

@@ -11,8 +11,9 @@ from jaxtyping import Array
 from elkax.gaussian.costates import encode_model, find_costates
 from elkax.gaussian.covariance import Covariance
 from elkax.gaussian.factor import gram, psd_cholesky, symmetrize
-from elkax.gaussian.kalman import FilterOutput, Model, constant_part, merge, over_time
+from elkax.gaussian.kalman import FilterOutput
 from elkax.gaussian.markov import GaussMarkov, Transition
+from elkax.gaussian.model import Model, constant_part, merge, over_time
 from elkax.scan import Backend, Sequential, lanes, run
 from elkax.scan.choice import steps_fill_machine
 from elkax.scan.fallback import where_sound

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from elkax.gaussian import FilterOutput, Form, KalmanFilter, Model
-from elkax.gaussian.kalman import RANKS, log_density
+from elkax.gaussian.kalman import log_density
+from elkax.gaussian.model import RANKS
 from elkax.gaussian.smoothing import Smoothed, smooth
 from elkax.linearize import Affine, Linearizer, Observation, Taylor
 from elkax.scan import Backend

@@ -9,7 +9,8 @@ from jaxtyping import Array, ArrayLike
 from elkax.gaussian import KalmanFilter, Model
 from elkax.gaussian.costates import encode_model
 from elkax.gaussian.decorrelation import uncorrelate
-from elkax.gaussian.kalman import constant_part, log_density, merge, over_time
+from elkax.gaussian.kalman import log_density
+from elkax.gaussian.model import constant_part, merge, over_time
 from elkax.smoothers.linear import poison
 from elkax.smoothers.prepare import check_symmetric, find_form, prepare
 

@@ -1,0 +1,62 @@
+"""What a way to store covariances must offer."""
+
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Array
+
+
+@runtime_checkable
+class Form(Protocol):
+    """How a covariance is stored; see `Covariance` and `SquareRoot`."""
+
+    def encode(self, covariance: Array) -> Array:
+        """Store a covariance."""
+        ...
+
+    def decode(self, stored: Array) -> Array:
+        """Return the covariance."""
+        ...
+
+    def cholesky(self, stored: Array, *, written_out: bool = False) -> Array:
+        """Return a lower factor, possibly singular."""
+        ...
+
+    def times(self, stored: Array, x: Array) -> Array:
+        """Multiply the covariance with a vector."""
+        ...
+
+    def predict(self, weights: Array, stored: Array, noise: Array) -> Array:
+        """Propagate through an affine-Gaussian step."""
+        ...
+
+    def reverse(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Array, Array]:
+        """Turn an affine-Gaussian step around."""
+        ...
+
+    def smooth(
+        self, weights: Array, stored: Array, noise: Array, after: Array
+    ) -> tuple[Array, Array, Array]:
+        """Turn it around, and carry a covariance back."""
+        ...
+
+    def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]:
+        """Begin a scalar update: the projection on its row, and the innovation variance."""
+        ...
+
+    def rounding(self, floor: Array) -> Array:
+        """Return the rounding level of an innovation variance."""
+        ...
+
+    def update(
+        self, stored: Array, projection: Array, variance: Array, s: Array, active: Array
+    ) -> tuple[Array, Array]:
+        """End a scalar update: the gain and the conditional covariance."""
+        ...
+
+    def accumulate(self, stored: Array, columns: Array) -> Array:
+        """Add the squares of columns to an information matrix."""
+        ...
+
+    def condition(self, stored: Array, information: Array) -> Array:
+        """Condition on information about the state itself."""
+        ...
