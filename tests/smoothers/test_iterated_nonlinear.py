@@ -87,10 +87,13 @@ def swing_solution(backend, form, damping):
     return jax.jit(lambda y, start: smooth(y, start=start))(EMISSIONS, START)
 
 
-def test_backends_take_the_same_steps():
-    """Every iteration, sequential and in blocks."""
+@pytest.mark.parametrize(
+    "backend, form", [("blocked", "covariance"), ("sequential", "square_root")]
+)
+def test_backends_and_forms_take_the_same_steps(backend, form):
+    """Every iteration."""
     one = swing_solution("sequential", "covariance", LevenbergMarquardt())
-    other = swing_solution("blocked", "covariance", LevenbergMarquardt())
+    other = swing_solution(backend, form, LevenbergMarquardt())
     assert one.info.iterations == other.info.iterations
     np.testing.assert_allclose(one.info.history.cost, other.info.history.cost, rtol=1e-9)
     np.testing.assert_allclose(one.trajectory, other.trajectory, atol=1e-9)
