@@ -87,9 +87,10 @@ def turn(dampings, lengths, max_iters):
     print("\n## Coordinated turn, bearings only\n")
     print("| T | r | start | damping | status | iterations | cost | rises | s |")
     print("|---|---|---|---|---|---|---|---|---|")
+    params = nonlinear_problems.coordinated_turn(T=1).params
     for length in lengths:
         for name in dampings:
-            solve = jax.jit(partial(_smooth_turn, DAMPINGS[name], max_iters))
+            solve = jax.jit(partial(_smooth_turn, params, DAMPINGS[name], max_iters))
             for r in (0.5, 0.05):
                 problem = nonlinear_problems.coordinated_turn(r, T=length)
                 truth, mean = problem.states, jnp.asarray(problem.params.initial_mean)
@@ -113,8 +114,7 @@ def turn(dampings, lengths, max_iters):
                     )
 
 
-def _smooth_turn(damping, max_iters, noise, emissions, start):
-    params = nonlinear_problems.coordinated_turn(T=2).params
+def _smooth_turn(params, damping, max_iters, noise, emissions, start):
     return elkax.iterated_smoother(
         params._replace(emission_covariance=noise),
         emissions,
@@ -134,4 +134,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     growth(options.dampings, options.iterations)
-    turn(options.dampings, options.steps, options.iterations)
+    if options.steps:
+        turn(options.dampings, options.steps, options.iterations)
