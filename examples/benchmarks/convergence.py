@@ -17,7 +17,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import minimize
 
 import elkax
 
@@ -66,19 +65,13 @@ def growth(dampings, max_iters):
             f"| {name} | {arrived} of {SEEDS} | {np.median(info.iterations):.0f} | "
             f"{np.max(info.iterations)} | {np.median(info.cost):.1f} | {rises} |"
         )
-    cost = nonlinear_problems.map_cost
     start = jax.jit(lambda y: elkax.extended_kalman_smoother(params, y, None, inputs))
-    costs = []
-    for y in emissions:
-        value = jax.jit(jax.value_and_grad(lambda x, y=y: cost(params, y, inputs)(x[:, None])))
-        found = minimize(
-            lambda x, value=value: tuple(np.asarray(part) for part in value(x)),
-            np.asarray(start(y).smoothed_means[:, 0]),
-            jac=True,
-            method="L-BFGS-B",
-            options={"maxiter": 5000, "maxfun": 10000},
+    costs = [
+        nonlinear_problems.polished(
+            nonlinear_problems.map_cost(params, y, inputs), start(y).smoothed_means
         )
-        costs.append(found.fun)
+        for y in emissions
+    ]
     print(f"| L-BFGS | | | | {np.median(costs):.1f} | |")
 
 

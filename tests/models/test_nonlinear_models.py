@@ -155,14 +155,7 @@ def test_gradient_follows_the_trajectory_and_is_absent_without_convergence():
         np.testing.assert_allclose(gradients[:2, i], expected, rtol=1e-6)
 
 
-@pytest.fixture
-def fast_fit(monkeypatch):
-    """Let dynamax's gradient descent compile as the other tests do."""
-    fast = partial(jax.jit)
-    monkeypatch.setattr("dynamax.utils.optimize.jit", fast)
-
-
-def test_fit_learns_what_stands_in_a_function(fast_fit, key):
+def test_fit_learns_what_stands_in_a_function(key):
     """Minibatches of sequences with gaps and inputs; by the filter, as for all sigma points."""
     model = NonlinearGaussianSSM(1, 1, 1, linearizer=elkax.SigmaPoints())
 
@@ -228,7 +221,7 @@ def grid_log_likelihood(theta, emissions):
     return total
 
 
-def test_fit_of_counts_by_laplace(fast_fit):
+def test_fit_of_counts_by_laplace():
     """One `ParameterProperties` for a whole function; the value against a grid."""
     model = DistributionSSM(1, 1, **QUICK)
 

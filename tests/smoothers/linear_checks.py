@@ -34,9 +34,6 @@ RTOL = 1e-9
 FLOOR = 1e-15 / RTOL
 
 
-# Most of the time of these tests is compilation, and machine-code optimisations a third of that.
-
-
 @cache
 def compiled(function, backend, form, **options):
     """A jitted function of the package, shared by every test that asks for the same one."""

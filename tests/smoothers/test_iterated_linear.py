@@ -1,7 +1,5 @@
 """The iterated smoother on linear models: the exact smoother, whatever linearizes and damps."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,7 +146,7 @@ def test_one_time_step():
         )
         return elkax.iterated_smoother(params, emissions, damping=GaussNewton(), max_iters=2)
 
-    solution = jax.jit(partial(run))(jnp.array([[3.0]]))
+    solution = jax.jit(run)(jnp.array([[3.0]]))
     # Prior N(1, 1), y = 2 z + N(0, 1): precision 5, mean (1 + 2 * 3) / 5.
     np.testing.assert_allclose(solution.posterior.smoothed_means, [[1.4]], rtol=1e-12)
     np.testing.assert_allclose(solution.posterior.smoothed_covariances, [[[0.2]]], rtol=1e-12)

@@ -1,7 +1,6 @@
 """The log-likelihood and its derivative, the score."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -82,13 +81,9 @@ def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
     def density(model: Model) -> Array:
         return jnp.sum(log_density(filter_model(uncorrelate(model), form, backend)))
 
-    def density_of_moments(model: Model) -> Array:
-        return jnp.sum(log_density(filter_model(uncorrelate(model), Covariance(), backend)))
-
     if steps_fill_machine(backend, len(model.values), len(model.initial_mean)):
-        if isinstance(form, Covariance):
-            return share_mask(density, model)
-        return share_mask(partial(with_derivative_of, density_of_moments, density), model)
+        # Its derivative is that of the covariance form.
+        return share_mask(lambda m: jnp.sum(log_density(filter_moments(m, form, backend))), model)
 
     def density_and_score(model: Model) -> tuple[Array, Model]:
         model = uncorrelate(model)

@@ -30,7 +30,7 @@ class NonlinearGaussianSSM(NonlinearSSM, dynamax_models.NonlinearGaussianSSM):
         emission_dim: N.
         input_dim: U, 0 if the functions take no inputs.
         linearizer: `Taylor()`, for the MAP trajectory, or `SigmaPoints(rule)`.
-        damping: `LevenbergMarquardt()`, `LineSearch()` or `GaussNewton()`, which is none.
+        damping: `LevenbergMarquardt()`, `TrustRegion()`, `LineSearch()`, or none: `GaussNewton()`.
         max_iters: most iterations of the smoother. More than `iterated_smoother` takes, since
             there is no log-likelihood without convergence; only hard sequences need many.
         tolerance: as `iterated_smoother`.

@@ -122,6 +122,15 @@ def judge_gain(attempt: Attempt) -> Gain:
     return Gain(whole, partly, jnp.where(whole, 0, jnp.argmax(parts)), ratio)
 
 
+# Parts of a damped step that are tried; see `judge_gain`.
+FRACTIONS = (1.0, 0.3, 0.1, 0.03, 0.01)
+
+
+def least_strength(like: Array) -> float:
+    r"""Return the smallest $\lambda$, far below rounding, in the dtype of an array."""
+    return float(jnp.finfo(like.dtype).eps) ** 1.25
+
+
 def size_of(hessian: Array) -> Array:
     """Return the largest entry of the diagonal of a Hessian, one if none is positive."""
     largest = jnp.max(hessian)
@@ -166,7 +175,7 @@ class LevenbergMarquardt:
     initial: float = 1.0
     second_order: bool = True
     largest: float = 1e14
-    fractions: ClassVar[tuple[float, ...]] = (1.0, 0.3, 0.1, 0.03, 0.01)
+    fractions: ClassVar[tuple[float, ...]] = FRACTIONS
 
     def start(self, hessian: Array) -> Strength:
         """Return the first strength; see `Damping`."""
@@ -188,11 +197,6 @@ class LevenbergMarquardt:
         growth = jnp.where(whole, 2.0, 2.0 * control.growth)
         stalled = ~accepted & (value > self.largest)
         return Verdict(choice, accepted, stalled, Strength(value, growth, control.reference))
-
-
-def least_strength(like: Array) -> float:
-    r"""Return the smallest $\lambda$, far below rounding, in the dtype of an array."""
-    return float(jnp.finfo(like.dtype).eps) ** 1.25
 
 
 @dataclass(frozen=True)

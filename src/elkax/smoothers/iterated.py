@@ -158,7 +158,7 @@ def iterated_smoother(
         emissions: $y$ (T, N), NaN where missing.
         inputs: $u$ (T, U); `inputs[t]` enters the step into $z_t$ and the emission at t.
         linearizer: `Taylor()` or `SigmaPoints(rule)`.
-        damping: `LevenbergMarquardt()`, `LineSearch()` or `GaussNewton()`, which is none.
+        damping: `LevenbergMarquardt()`, `TrustRegion()`, `LineSearch()`, or none: `GaussNewton()`.
         max_iters: most iterations, 0 or more.
         tolerance: when the step (see `Record`) and the relative change of the cost are this small,
             the iteration has converged. By default the square root of the precision of the dtype.

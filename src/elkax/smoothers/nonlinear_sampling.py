@@ -29,15 +29,6 @@ def _along_trajectory(
     return linearize(system, data, linearizer, means, covs).model
 
 
-def _draw(
-    key: Key, model: Model, num_samples: int | None, form: Form, backend: Backend | None
-) -> Array:
-    draws = draw_posterior(
-        key, model, num_samples=num_samples or 1, form=form, backend=backend, initial=None
-    )
-    return draws[0] if num_samples is None else draws
-
-
 def extended_kalman_posterior_sample(
     key: Key,
     params: NonlinearParams,
@@ -74,7 +65,7 @@ def extended_kalman_posterior_sample(
     stored = find_form(form)
     system, data = prepare_system(params, emissions, inputs)
     model = _along_filter(system, data, linearizer=linearizer, form=stored)
-    return _draw(key, model, num_samples, stored, backend)
+    return draw_posterior(key, model, num_samples=num_samples, form=stored, backend=backend)
 
 
 def iterated_posterior_sample(
@@ -122,4 +113,4 @@ def iterated_posterior_sample(
     system, data = prepare_system(params, emissions, inputs, residual=residual)
     covs = solution.posterior.smoothed_covariances if linearizer.uses_covariance else None
     model = _along_trajectory(system, data, solution.trajectory, covs, linearizer=linearizer)
-    return _draw(key, model, num_samples, stored, backend)
+    return draw_posterior(key, model, num_samples=num_samples, form=stored, backend=backend)

@@ -129,7 +129,7 @@ def lgssm_posterior_sample(
     draws = draw_posterior(
         key,
         problem.model,
-        num_samples=num_samples or 1,
+        num_samples=num_samples,
         form=stored,
         backend=backend,
         initial=initial,
@@ -137,8 +137,7 @@ def lgssm_posterior_sample(
     if not (is_concrete(jitter) and jitter == 0):
         noise = jr.normal(jr.fold_in(key, 1), draws.shape, draws.dtype)
         draws = draws + jnp.sqrt(jitter) * noise
-    draws = jnp.where(problem.finite, draws, jnp.nan)
-    return draws[0] if num_samples is None else draws
+    return jnp.where(problem.finite, draws, jnp.nan)
 
 
 @partial(jax.jit, static_argnames=("num_samples", "form", "backend", "initial"))
@@ -146,12 +145,12 @@ def draw_posterior(
     key: Key,
     model: Model,
     *,
-    num_samples: int,
+    num_samples: int | None,
     form: Form,
     backend: Backend | None,
-    initial: Initial,
+    initial: Initial = None,
 ) -> Array:
-    """Draw trajectories (num_samples, T, D) from the posterior of a prepared model."""
+    """Draw from the posterior of a prepared model: (num_samples, T, D), or (T, D) if None."""
     model = uncorrelate(model)
 
     def correct(key: Key) -> Array:
@@ -167,7 +166,8 @@ def draw_posterior(
         )
         return states + smoothed_mean(centred, form, backend, initial)
 
-    return jax.vmap(correct)(jr.split(key, num_samples))
+    draws = jax.vmap(correct)(jr.split(key, num_samples or 1))
+    return draws[0] if num_samples is None else draws
 
 
 def smoothed_mean(model: Model, form: Form, backend: Backend | None, initial: Initial) -> Array:

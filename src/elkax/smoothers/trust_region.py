@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from elkax.smoothers.damping import Attempt, Verdict, judge_gain, least_strength, size_of
+from elkax.smoothers.damping import FRACTIONS, Attempt, Verdict, judge_gain, least_strength, size_of
 
 
 class Region(NamedTuple):
@@ -47,7 +47,7 @@ class TrustRegion:
     initial: float = 1.0
     second_order: bool = True
     largest: float = 1e14
-    fractions: ClassVar[tuple[float, ...]] = (1.0, 0.3, 0.1, 0.03, 0.01)
+    fractions: ClassVar[tuple[float, ...]] = FRACTIONS
 
     def start(self, hessian: Array) -> Region:
         """Return the first region; see `Damping`."""
