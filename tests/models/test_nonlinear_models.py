@@ -273,6 +273,21 @@ def test_fit_passes_over_a_minibatch_without_a_value():
     np.testing.assert_allclose(fitted.initial_mean, 1.0, atol=1e-6)
 
 
+def test_fit_traces_the_objective_once():
+    """Also from a Python number, which JAX takes for another type than an array."""
+    calls = []
+
+    class Counted(NonlinearGaussianSSM):
+        def marginal_log_prob(self, params, emissions, inputs=None):
+            calls.append(params)
+            return -((params.dynamics_function(1.0) - 2.0) ** 2)
+
+    params = PARAMS._replace(dynamics_function=Partial(jnp.multiply, jnp.array(1.0)))
+    props = PROPS._replace(dynamics_function=FREE)
+    Counted(1, 1).fit_sgd(params, props, jnp.zeros((3, 2, 1)), num_epochs=2)
+    assert len(calls) == 1
+
+
 def test_distributions_of_one_step(key):
     """Singular covariances have draws, and entries are independent where none are joint."""
     model = NonlinearGaussianSSM(2, 2)

@@ -54,7 +54,9 @@ def _floating(name: str, leaf: Any) -> jax.Array:
         raise TypeError(f"params.{name} must hold arrays only, got {leaf!r}") from error
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"params.{name} must hold floating-point numbers, got {array.dtype}")
-    return array
+    # Without the weak type of a Python number, which one step of an optimizer takes away: all that
+    # is compiled for the first step would be compiled once more for the second.
+    return jnp.asarray(array, array.dtype)
 
 
 def _match(name: str, value: Any, prop: Any) -> Any:
