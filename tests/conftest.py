@@ -1,6 +1,7 @@
 import gc
 import importlib.metadata
 import os
+import tempfile
 
 import jax
 import pytest
@@ -10,18 +11,35 @@ from jaxtyping import config, install_import_hook
 # well. Read when JAX first computes; the processes of pytest-xdist inherit it.
 _flags = ["--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # The emitters that later versions no longer have take half as long.
-    _flags.append("--xla_cpu_use_fusion_emitters=false")
+    # XLA stops at a flag that it does not know. The emitters that later versions no longer have
+    # take half as long; splitting a program in parts pays where cores are idle.
+    _flags += [
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
 os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
 
 # Tracing makes millions of objects that live on.
 gc.set_threshold(200_000, 50, 100)
 
 jax.config.update("jax_enable_x64", True)
+# Where an operation was traced is not written into the programs: XLA would carry it through them.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 # Shapes and types of every call are checked while the tests run; users do not pay for it.
 # Stays installed, so that it meets the modules that elkax itself does not import, too.
 install_import_hook("elkax", "beartype.beartype")
+
+
+def pytest_configure(config):
+    """Keep compiled programs on disk until the end, for the files that compile the same again."""
+    # Of this process alone: JAX does not write them atomically.
+    directory = tempfile.TemporaryDirectory(prefix="elkax-programs-")
+    config.add_cleanup(directory.cleanup)
+    jax.config.update("jax_compilation_cache_dir", directory.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True, scope="module")
