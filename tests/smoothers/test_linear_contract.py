@@ -73,30 +73,31 @@ def test_one_and_two_time_steps(T, backend, form):
     check_smoothed(posterior, oracle(problem))
 
 
+# What grows with a program is small here: sensors are folded in one after the other, unrolled.
 SHAPES = {
     "D = 1, N = 1": (partial(random_stable, 1, 1, 33), "blocked", "square_root"),
     "D = 3, N = 2": (partial(random_stable, 3, 2, 33), "blocked", "covariance"),
-    "more sensors than states": (partial(random_stable, 2, 4, 33), "blocked", "square_root"),
+    "more sensors than states": (partial(random_stable, 1, 3, 33), "blocked", "square_root"),
     "R of shape (N,)": (
-        partial(random_stable, 2, 4, 33, diagonal="constant"),
+        partial(random_stable, 1, 2, 33, diagonal="constant"),
         "blocked",
         "covariance",
     ),
     "R of shape (T, N)": (
-        partial(random_stable, 2, 4, 33, diagonal="varying"),
+        partial(random_stable, 2, 3, 33, diagonal="varying"),
         "sequential",
         "square_root",
     ),
     "as many sensors as steps": (
-        partial(random_stable, 2, 5, 5, diagonal="constant"),
+        partial(random_stable, 2, 3, 3, diagonal="constant"),
         "sequential",
         "covariance",
     ),
     "D = 5, N = 2": (partial(random_stable, 5, 2, 33), "sequential", "square_root"),
-    "D = 12, N = 3": (partial(random_stable, 12, 3, 17), "blocked", "covariance"),
-    "D = 12, N = 3 in blocks": (partial(random_stable, 12, 3, 5), "blocked", "square_root"),
+    "D = 12, N = 2": (partial(random_stable, 12, 2, 17), "blocked", "covariance"),
+    "D = 12, N = 2 in blocks": (partial(random_stable, 12, 2, 5), "blocked", "square_root"),
     "D = 12, N = 3 step by step": (partial(random_stable, 12, 3, 17), "sequential", "square_root"),
-    "D = 100, N = 2": (partial(random_stable, 100, 2, 5), "sequential", "covariance"),
+    "D = 100, N = 2": (partial(random_stable, 100, 2, 3), "sequential", "covariance"),
 }
 
 
@@ -106,14 +107,14 @@ def test_shapes(name):
     make, backend, form = SHAPES[name]
     problem = make()
     N = problem.emissions.shape[1]
-    problem = with_missing(problem, rows=(2,), entries=((0, N - 1), (4, 0)) if N > 1 else ())
+    problem = with_missing(problem, rows=(2,), entries=((0, N - 1), (1, 0)) if N > 1 else ())
     check_smoothed(compiled("lgssm_smoother", backend, form)(*problem), oracle(problem))
 
 
 def test_time_invariant_parameters_equal_those_written_out():
     """Constant parameters may take another path than time-varying ones, with the same numbers."""
     problem = with_inputs()
-    posterior = compiled("lgssm_smoother", "blocked", "covariance")(*problem)
+    posterior = compiled("lgssm_smoother", "sequential", "covariance")(*problem)
     check_smoothed(posterior, oracle(written_out(problem)))
 
 
