@@ -63,9 +63,12 @@ def expected_gradient(name):
     for k, (path, leaf) in enumerate(leaves):
         gradient = np.zeros(leaf.shape)
         for index in np.ndindex(leaf.shape):
+            mirror = (*index[:-2], index[-1], index[-2]) if is_covariance(path) else index
+            if mirror < index:
+                gradient[index] = gradient[mirror]
+                continue
             direction = np.zeros_like(leaf)
             direction[index] += LONG(0.5)
-            mirror = (*index[:-2], index[-1], index[-2]) if is_covariance(path) else index
             direction[mirror] += LONG(0.5)
 
             def along(h, k=k, direction=direction):
@@ -114,7 +117,6 @@ def test_gradient(name, backend, form):
     [
         ("time-varying, missing", "blocked", "square_root"),
         ("AR(2), R = 0", "blocked", "covariance"),
-        ("AR(2), R = 0", "sequential", "square_root"),
         ("nine states", "sequential", "covariance"),
         ("nine states", "sequential", "square_root"),
         ("nine states", "blocked", "covariance"),
