@@ -41,10 +41,10 @@ EMISSIONS = jnp.asarray(EMISSIONS)
 START = jnp.asarray(STATES + 0.3 * np.random.default_rng(0).normal(size=STATES.shape))
 
 
-def dense_step(start, strength, second_order):
-    """One damped step by the stacked normal equations in NumPy, from JAX's own derivatives."""
+@jax.jit
+def derivatives(trajectory):
+    """Gradient and Hessian of the cost, and the Jacobian of the whitened residuals."""
     cost = map_cost(SWING, EMISSIONS)
-    gradient = np.asarray(jax.grad(cost)(start)).ravel()
 
     def stacked(z):
         e = (z[1:] - jax.vmap(swing)(z[:-1])) @ jnp.linalg.inv(
@@ -53,13 +53,22 @@ def dense_step(start, strength, second_order):
         v = (EMISSIONS - jax.vmap(look)(z)) / jnp.sqrt(0.1)
         return jnp.concatenate([(z[0] - SWING.initial_mean) / jnp.sqrt(0.3), e.ravel(), v.ravel()])
 
-    J = np.asarray(jax.jacfwd(stacked)(start)).reshape(-1, start.size)
+    return (
+        jax.grad(cost)(trajectory),
+        jax.hessian(cost)(trajectory),
+        jax.jacfwd(stacked)(trajectory),
+    )
+
+
+def dense_step(start, strength, second_order):
+    """One damped step by the stacked normal equations in NumPy, from JAX's own derivatives."""
+    gradient, hessian, J = map(np.asarray, derivatives(start))
+    J = J.reshape(-1, start.size)
     gauss_newton = J.T @ J
     reference = np.max(np.diag(gauss_newton))
-    hessian = np.asarray(jax.hessian(cost)(start)).reshape(start.size, start.size)
-    matrix = hessian if second_order else gauss_newton
+    matrix = hessian.reshape(start.size, start.size) if second_order else gauss_newton
     matrix = matrix + strength * reference * np.eye(start.size)
-    return np.asarray(start) - np.linalg.solve(matrix, gradient).reshape(start.shape)
+    return np.asarray(start) - np.linalg.solve(matrix, gradient.ravel()).reshape(start.shape)
 
 
 @pytest.mark.parametrize("second_order", [False, True])
