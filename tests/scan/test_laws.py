@@ -3,8 +3,10 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from elkax.scan.protocol import Centred
 from scan.scannables import CASES, decoded
 
 # Each side is a handful of float64 products of well-conditioned 3 x 3 matrices.
@@ -70,6 +72,26 @@ def test_apply_is_the_fold_of_step(name):
     for length in (1, 31, 33, 8191):
         jumped, folded = jump_and_fold(case.xs, length)
         chex.assert_trees_all_close(decoded(case, jumped), decoded(case, folded), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("kalman")])
+def test_a_summary_about_another_state_is_the_same(name):
+    case = CASES[name](33)
+    kalman = case.scannable
+    left, right = summary_of(case, 0, 20), summary_of(case, 20, 33)
+    assert isinstance(kalman, Centred) and not isinstance(
+        CASES["affine dense"](1).scannable, Centred
+    )
+    moved = jax.jit(lambda s: kalman.recenter(s, kalman.locate(s)))(right)
+    assert np.max(np.abs(moved.origin)) > 0.1
+    # What the observations say about the origin is used up, but for the ridge.
+    assert np.max(np.abs(moved.eta)) < 1e-6 * np.max(np.abs(right.eta))
+    state = kalman.apply(left, case.state)
+    chex.assert_trees_all_close(kalman.apply(moved, state), kalman.apply(right, state), **TOLERANCE)
+    joined = kalman.combine(left, moved), kalman.combine(left, right)
+    chex.assert_trees_all_close(*(plain(case, s) for s in joined), **TOLERANCE)
+    back = kalman.recenter(moved, right.origin)
+    chex.assert_trees_all_close(plain(case, back), plain(case, right), **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,7 +16,7 @@ BACKENDS = {
     "blocked": elkax.Blocked(num_blocks=4),
 }
 FORMS = ("covariance", "square_root")
-# The associative scan takes half a minute to compile, so it meets the contract in one form.
+# The associative scan compiles longest, so it meets the contract in one form.
 WAYS = [
     ("sequential", "covariance"),
     ("sequential", "square_root"),

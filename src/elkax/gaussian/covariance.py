@@ -114,10 +114,18 @@ class Covariance:
         gain = projection * jnp.where(active, 1.0 / s, 0.0)
         return gain, stored - outer(gain, projection)
 
-    def accumulate(self, stored: Array, columns: Array) -> Array:
-        r"""Compute $J + GG^\top$."""
-        total, product = lanes.align(stored, 2, lanes.product(columns, transpose(columns)), 2)
-        return total + product
+    def accumulate(self, stored: Array, low: Array, columns: Array) -> tuple[Array, Array]:
+        r"""Compute $J + GG^\top$, and what rounding left out of it.
+
+        A direction of which a block says nothing would be filled with the roundings of others.
+
+        Args:
+            stored: $J$.
+            low: what earlier roundings left out of it.
+            columns: $G$.
+        """
+        product = lanes.product(columns, transpose(columns))
+        return lanes.two_sum(stored, low + product)
 
     def condition(self, stored: Array, information: Array) -> Array:
         r"""Compute $(I + PJ)^{-1}P$; see `condition_on_information`."""

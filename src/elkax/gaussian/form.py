@@ -53,8 +53,8 @@ class Form(Protocol):
         """End a scalar update: the gain and the conditional covariance."""
         ...
 
-    def accumulate(self, stored: Array, columns: Array) -> Array:
-        """Add the squares of columns to an information matrix."""
+    def accumulate(self, stored: Array, low: Array, columns: Array) -> tuple[Array, Array]:
+        """Add the squares of columns to an information matrix that rounding left `low` out of."""
         ...
 
     def condition(self, stored: Array, information: Array) -> Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
+from elkax.gaussian.factor import cho_solve, psd_cholesky
 from elkax.gaussian.model import MEANS_AND_DATA, RANKS, Model, merge
 from elkax.scan import lanes
 from elkax.scan.lanes import (
@@ -68,10 +69,11 @@ def log_density(output: FilterOutput, axis: int = -1) -> Array:
 
 
 class Summary(NamedTuple):
-    r"""A block of steps, given the state $z$ before it.
+    r"""A block of steps, given the state $z = o + d$ before it.
 
-    After the block the state is $N(Az + b, C)$, and its observations have the likelihood
-    $\propto\exp(\eta^\top z - \tfrac12 z^\top Jz)$. Notation of Särkkä & García-Fernández (2021).
+    After the block the state is $N(Ad + b, C)$, and its observations have the likelihood
+    $\propto\exp(\eta^\top d - \tfrac12 d^\top Jd)$. Notation of Särkkä & García-Fernández (2021),
+    whose origin $o$ is zero.
 
     Attributes:
         a: $A$ (D, D).
@@ -81,6 +83,8 @@ class Summary(NamedTuple):
         j: $J$ (D, D), stored in the form in use.
         sound: whether every innovation covariance in the block was nonsingular.
         low: (D,) what rounding left out of $b$.
+        j_low: (D, D) what rounding left out of $J$, as far as the form knows.
+        origin: $o$ (D,), see `KalmanFilter.recenter`.
     """
 
     a: Array
@@ -90,6 +94,8 @@ class Summary(NamedTuple):
     j: Array
     sound: Array
     low: Array
+    j_low: Array
+    origin: Array
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["fixed"], meta_fields=["form"])
@@ -147,7 +153,7 @@ class KalmanFilter:
         vector = jnp.zeros((size, *lane_shape), dtype)
         eye = lanes.identity(size, lane_shape, dtype)
         sound = jnp.ones(lane_shape, bool)
-        return Summary(eye, vector, matrix, vector, matrix, sound, vector)
+        return Summary(eye, vector, matrix, vector, matrix, sound, vector, matrix, vector)
 
     def absorb(self, summary: Summary, x: Model) -> Summary:
         """Lengthen a block by one step."""
@@ -189,24 +195,26 @@ class KalmanFilter:
         start = (a, low, cov, summary.eta, summary.sound)
         (a, shift, c, eta, sound), columns = fold_rows(update, start, entries(model, floors))
         b, low = two_sum(mean, shift)
-        j = self.form.accumulate(summary.j, transpose(columns))
-        return Summary(a, b, c, eta, j, sound, low)
+        j, j_low = self.form.accumulate(summary.j, summary.j_low, transpose(columns))
+        return Summary(a, b, c, eta, j, sound, low, j_low, summary.origin)
 
     def combine(self, left: Summary, right: Summary) -> Summary:
         r"""Join two blocks.
 
         With $X = (I + C_1J_2)^{-1}C_1$ and $Y = (I + J_2C_1)^{-1}J_2$, both positive
         semi-definite and found without an inverse of $C_1$ or $J_2$:
-        $A = A_2(I - XJ_2)A_1$, $b = A_2(b_1 + X(\eta_2 - J_2b_1)) + b_2$, $C = A_2XA_2^\top + C_2$,
-        $\eta = \eta_1 + A_1^\top(I - J_2X)(\eta_2 - J_2b_1)$, $J = A_1^\top YA_1 + J_1$.
+        $A = A_2(I - XJ_2)A_1$, $b = A_2(d + X(\eta_2 - J_2d)) + b_2$ with $d = b_1 - o_2$,
+        $C = A_2XA_2^\top + C_2$, $\eta = \eta_1 + A_1^\top(I - J_2X)(\eta_2 - J_2d)$,
+        $J = A_1^\top YA_1 + J_1$.
         """
-        a1, b1, c1, eta1, j1, _, low1 = left
-        a2, b2, c2, eta2, j2, _, low2 = right
+        a1, b1, c1, eta1, j1, _, low1, *_ = left
+        a2, b2, c2, eta2, j2, _, low2, _, origin2 = right
         form = self.form
         x, y = form.condition(c1, j2), form.condition(j2, c1)
-        surprise = eta2 - form.times(j2, b1) - form.times(j2, low1)
+        deviation = (b1 - origin2) + low1
+        surprise = eta2 - form.times(j2, deviation)
         moved = form.times(x, surprise)
-        b, low = two_sum(b2, matvec(a2, b1) + (matvec(a2, low1 + moved) + low2))
+        b, low = two_sum(b2, matvec(a2, deviation + moved) + low2)
         x_full, j2_full = form.decode(x), form.decode(j2)
         return Summary(
             matmul(a2, a1 - matmul(x_full, matmul(j2_full, a1))),
@@ -216,17 +224,45 @@ class KalmanFilter:
             form.predict(transpose(a1), y, j1),
             left.sound & right.sound,
             low,
+            jnp.zeros_like(j1),
+            left.origin,
         )
 
     def apply(self, summary: Summary, state: State) -> State:
         """Jump over a block."""
         mean, low, cov = state
-        a, b, c, eta, j, _, low_b = summary
+        a, b, c, eta, j, _, low_b, _, origin = summary
         form = self.form
         x = form.condition(cov, j)
-        moved = low + form.times(x, eta - form.times(j, mean) - form.times(j, low))
-        mean, low = two_sum(b, matvec(a, mean) + (matvec(a, moved) + low_b))
+        deviation = (mean - origin) + low
+        moved = form.times(x, eta - form.times(j, deviation))
+        mean, low = two_sum(b, matvec(a, deviation + moved) + low_b)
         return mean, low, form.predict(a, x, c)
+
+    def locate(self, summary: Summary) -> Array:
+        r"""Tell about where the observations of a block say that its state began.
+
+        $o + (J + \kappa I)^{-1}\eta$ with $\kappa = 100\epsilon\,\mathrm{tr}J$.
+        """
+        eta, origin = summary.eta, summary.origin
+        information = self.form.decode(summary.j)
+        trace = jnp.sum(lanes.diagonal_of(information), axis=0)
+        ridge = jnp.where(trace > 0, 100 * jnp.finfo(eta.dtype).eps * trace, 1.0)
+        eye = lanes.identity(eta.shape[0], eta.shape[1:], eta.dtype)
+        factor = psd_cholesky(information + ridge * eye)
+        return origin + cho_solve(factor, eta[:, None])[:, 0]
+
+    def recenter(self, summary: Summary, origin: Array) -> Summary:
+        r"""Move the origin by c: $b$ moves by $Ac$ and $\eta$ by $-Jc$.
+
+        What is large in the means then cancels here, and not in the jump, whose $\eta - Jd$ keeps
+        few digits if d is large. The origin is a constant: what is computed does not depend on it.
+        """
+        origin = jax.lax.stop_gradient(origin)
+        move = origin - summary.origin
+        b, low = two_sum(summary.b, matvec(summary.a, move) + summary.low)
+        eta = summary.eta - self.form.times(summary.j, move)
+        return summary._replace(b=b, low=low, eta=eta, origin=origin)
 
     def sound(self, summary: Summary) -> Array:
         """Tell whether the block's innovation covariances were nonsingular."""

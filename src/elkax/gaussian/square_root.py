@@ -103,9 +103,9 @@ class SquareRoot:
         keep, factor, weight, columns, gain = materialize((keep, factor, weight, columns, gain), 1)
         return gain, keep[None] * stored + (stored * factor[None] - columns * weight[None])
 
-    def accumulate(self, stored: Array, columns: Array) -> Array:
-        r"""Compute the factor of $ZZ^\top + GG^\top$."""
-        return tria(_beside(stored, columns))
+    def accumulate(self, stored: Array, low: Array, columns: Array) -> tuple[Array, Array]:
+        r"""Compute the factor of $ZZ^\top + GG^\top$; arguments as `Covariance.accumulate`."""
+        return tria(_beside(stored, columns)), low
 
     def condition(self, stored: Array, information: Array) -> Array:
         r"""Compute a factor of $(I + PJ)^{-1}P$ for $P = LL^\top$, $J = ZZ^\top$.

@@ -56,6 +56,19 @@ class Scannable(Protocol):
 
 
 @runtime_checkable
+class Centred(Scannable, Protocol):
+    """A recurrence whose summaries are written about a state, near which they round least."""
+
+    def locate(self, summary: Summary) -> Array:
+        """Suggest where the state before a block was, from what its summary holds."""
+        ...
+
+    def recenter(self, summary: Summary, origin: Array) -> Summary:
+        """Write the same summary about another state."""
+        ...
+
+
+@runtime_checkable
 class Backend(Protocol):
     """A way to run a `Scannable` over a sequence."""
 
