@@ -1,10 +1,12 @@
 """Small-matrix arithmetic over lanes: exactness of sums, products near the identity."""
 
 from fractions import Fraction
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from elkax.scan import lanes
 
@@ -70,3 +72,29 @@ def test_materialize_changes_nothing_and_can_be_transposed():
     np.testing.assert_allclose(
         jax.jit(jax.vmap(value))(batch), [plain(x), plain(2 * x)], rtol=1e-12
     )
+
+
+@pytest.mark.parametrize("size", [1, 4, 16, 24, 25])
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_congruence_and_its_derivative(size, shape):
+    """Single matrices are written out up to 24, where the derivative is a rule of its own."""
+    rng = np.random.default_rng(3)
+    a, square = rng.normal(size=(2, size, size, *shape))
+    p = square + np.swapaxes(square, 0, 1)
+
+    def plain(a, p):
+        half = jnp.einsum("ij...,jk...->ik...", p, a)
+        return half, jnp.einsum("ji...,jk...->ik...", a, half)
+
+    def value(function, a, p):
+        return sum(jnp.sum(jnp.sin(part)) for part in function(a, p))
+
+    close = partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11)
+    jax.tree.map(close, jax.jit(lanes.congruence)(a, p), plain(a, p))
+    got = jax.jit(jax.grad(partial(value, lanes.congruence), (0, 1)))(a, p)
+    # P may be read as its own transpose: only the symmetric part of its derivative counts.
+    expected = jax.grad(partial(value, plain), (0, 1))(a, p)
+    close(got[0], expected[0])
+    close(*(part[1] + np.swapaxes(part[1], 0, 1) for part in (got, expected)))
+    batch = jax.jit(jax.vmap(lanes.congruence, in_axes=(0, None)))(np.stack((a, 2 * a)), p)
+    close(batch[1][1], 4 * plain(a, p)[1])

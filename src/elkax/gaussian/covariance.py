@@ -44,8 +44,7 @@ class Covariance:
 
     def predict(self, weights: Array, stored: Array, noise: Array) -> Array:
         r"""Compute $FPF^\top + Q$."""
-        half = lanes.materialize(lanes.advance(weights, stored))
-        return _complete(half, weights, noise)
+        return _predict(weights, stored, noise)[1]
 
     def reverse(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Array, Array]:
         r"""Turn a step $z' = Fz + N(0, Q)$, $z \sim N(m, P)$, around: $z \mid z'$.
@@ -62,9 +61,9 @@ class Covariance:
             $G$, $U$, and whether $FPF^\top + Q$ is regular; if not, they are meaningless.
         """
         gain, rest, regular = _find_gain(weights, stored, noise)
-        kept = lanes.product(matmul(rest, stored), transpose(rest))
-        added = lanes.product(matmul(gain, noise), transpose(gain))
-        return gain, symmetrize(lanes.materialize(kept + added)), regular
+        kept = lanes.inner(rest, lanes.materialize(lanes.inner(stored, rest)))
+        added = lanes.inner(gain, lanes.materialize(lanes.inner(noise, gain)))
+        return transpose(gain), symmetrize(lanes.materialize(kept + added)), regular
 
     def smooth(
         self, weights: Array, stored: Array, noise: Array, after: Array
@@ -75,9 +74,10 @@ class Covariance:
         `reverse`.
         """
         gain, rest, regular = _find_gain(weights, stored, noise)
-        kept = lanes.materialize(lanes.product(matmul(rest, stored), transpose(rest)))
+        kept = lanes.inner(rest, lanes.materialize(lanes.inner(stored, rest)))
         after, noise = lanes.align(after, 2, noise, 2)
-        return gain, self.predict(gain, after + noise, kept), regular
+        _, back = lanes.congruence(gain, after + noise)
+        return transpose(gain), symmetrize(lanes.materialize(kept + back)), regular
 
     def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]:
         r"""Compute $Ph$ and $s = h^\top Ph + r$ for one scalar $y = h^\top z + N(0, r)$.
@@ -133,21 +133,19 @@ class Covariance:
 
 
 def _find_gain(weights: Array, stored: Array, noise: Array) -> tuple[Array, Array, Array]:
-    r"""Compute $G$, $I - GF$, and whether $FPF^\top + Q$ is regular."""
-    half = lanes.materialize(lanes.advance(weights, stored))
-    predicted = lanes.materialize(_complete(half, weights, noise))
-    factor, solved = solve_regular(predicted, half)
-    gain = lanes.materialize(transpose(solved))
-    eye = lanes.identity(gain.shape[0], gain.shape[2:], gain.dtype)
-    return gain, lanes.materialize(eye - lanes.product(gain, weights)), is_regular(factor)
+    r"""Compute $G^\top$, $(I - GF)^\top$, and whether $FPF^\top + Q$ is regular."""
+    half, predicted = _predict(weights, stored, noise)
+    factor, solved = solve_regular(predicted, transpose(half))
+    solved = lanes.materialize(solved)
+    eye = lanes.identity(solved.shape[0], solved.shape[2:], solved.dtype)
+    return solved, lanes.materialize(eye - lanes.inner(weights, solved)), is_regular(factor)
 
 
-def _complete(half: Array, weights: Array, noise: Array) -> Array:
-    r"""Compute $FPF^\top + Q$ from $FP$."""
-    # The transpose of F(FP)'.
-    both = lanes.materialize(lanes.advance(weights, transpose(half)))
-    both, noise = lanes.align(both, 2, noise, 2)
-    return symmetrize(both + noise)
+def _predict(weights: Array, stored: Array, noise: Array) -> tuple[Array, Array]:
+    r"""Compute $PF^\top$ and $FPF^\top + Q$."""
+    half, both = lanes.congruence(transpose(weights), stored)
+    both, noise = lanes.align(lanes.materialize(both), 2, noise, 2)
+    return half, symmetrize(both + noise)
 
 
 @jax.custom_jvp

@@ -7,6 +7,7 @@ which can deadlock XLA's CPU thread pool inside a parallel scan and is slow for 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -174,9 +175,11 @@ def solve_regular(
         Lower factor of P, and $X$.
     """
     if p.ndim == 2 and b.ndim == 2 and len(p) > MAX_UNROLLED:
-        factor = jax.lax.linalg.cholesky(p, symmetrize_input=False)
-        return factor, jax.scipy.linalg.cho_solve((factor, True), b)
-    factor = psd_cholesky(p, written_out=True)
+        # LAPACK reads by columns: a symmetric matrix transposed is not copied.
+        factor = jax.lax.linalg.cholesky(transpose(p), symmetrize_input=False)
+        solve = partial(jax.lax.linalg.triangular_solve, factor, left_side=True, lower=True)
+        return factor, solve(solve(b), transpose_a=True)
+    factor = psd_cholesky(materialize(p), written_out=True)
     return factor, cho_solve(factor, b, written_out=True)
 
 

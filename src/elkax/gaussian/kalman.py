@@ -121,14 +121,17 @@ class KalmanFilter:
         model = merge(self.fixed, x)
         state = _widen(state, model)
         predicted, low, cov = self.predict(model, state)
-        cov, predicted, low, floors = materialize((cov, predicted, low, self._floors(model, cov)))
+        # Series with covariances in common have lanes in their means alone.
+        cov, predicted, low, floors = materialize(
+            (cov, predicted, low, self._floors(model, cov)), 2, 1, 1, 1
+        )
 
         def update(carry: tuple, entry: tuple) -> tuple[tuple, tuple[Array, Array]]:
             shift, cov = carry
             h, variance, value, used, floor = entry
             projection, s = self.form.project(cov, h, variance)
             residual = value - dot(h, predicted) - dot(h, shift)
-            projection, s, residual = materialize((projection, s, residual), 1)
+            projection, s, residual = materialize((projection, s, residual), 1, 0, 0)
             singular, active, s = self._judge(s, floor, used)
             gain, cov = self.form.update(cov, projection, variance, s, active)
             carry = shift + lanes.scale(gain, residual), cov

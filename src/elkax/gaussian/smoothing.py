@@ -121,7 +121,7 @@ class RauchTungStriebel(GaussMarkov):
         after, cov, correction = x
         after = merge(self.fixed, after)
         gain, back, regular = self.form.smooth(after.weights, cov, after.noise, stored)
-        lagged = matmul(gain, self.form.decode(stored))
+        lagged = lanes.inner(transpose(gain), self.form.decode(stored))
         moved = matvec(gain, lanes.add(mean, correction))
         if after.valid is not None:
             mean, moved = lanes.align(mean, 1, moved, 1)

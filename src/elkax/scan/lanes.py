@@ -14,6 +14,8 @@ from jaxtyping import Array, PyTree, Shaped
 # Up to this inner dimension a product is written out over lanes: XLA's batched matmul calls
 # BLAS once per lane, which costs far more than the arithmetic (measured on CPU).
 MAX_UNROLLED = 8
+# Up to this one a single A'B is written out as well, where XLA's dot takes 1.5 to 2 times longer.
+MAX_SINGLE = 24
 
 
 def align(
@@ -43,21 +45,27 @@ def transpose(a: Shaped[Array, "n m *lanes"]) -> Shaped[Array, "m n *lanes"]:
     return jnp.swapaxes(a, 0, 1)
 
 
-def materialize(tree: PyTree, rank: int = 2) -> PyTree:
+def materialize(tree: PyTree, *ranks: int) -> PyTree:
     """Return the arguments unchanged, but computed once.
 
     XLA fuses a chain of small written-out products into one loop on CPU and then computes every
     intermediate anew for each element that needs it: two products in a row cost D times what they
     should. It never fuses across a conditional, and does not look through an optimization barrier
     while it still simplifies conditionals, so a condition behind one is not found to be constant.
-    Elsewhere, and without lanes, this does nothing.
+    Elsewhere, for one by one matrices, and without lanes where nothing is written out by `inner`,
+    this does nothing.
 
     Args:
         tree: arrays.
-        rank: number of matrix axes of the first of them.
+        *ranks: number of matrix axes of the first of them, two if not given, and of others that
+            may have lanes where the first has none.
     """
-    first = jax.tree.leaves(tree)[0]
-    if first.ndim <= rank or first.size == 0 or jax.default_backend() != "cpu":
+    leaves, ranks = jax.tree.leaves(tree), ranks or (2,)
+    first = leaves[0]
+    alone = all(leaf.ndim <= rank for leaf, rank in zip(leaves, ranks, strict=False))
+    written = ranks[0] == 2 and _is_written_alone(first)
+    scalar = set(first.shape[: ranks[0]]) == {1}
+    if alone and not written or scalar or first.size == 0 or jax.default_backend() != "cpu":
         return tree
     return jax.lax.cond(
         jax.lax.optimization_barrier(jnp.asarray(True)),
@@ -93,6 +101,37 @@ def product(a: Shaped[Array, "n k *lanes_a"], b: Shaped[Array, "k m *lanes_b"]) 
     return jnp.moveaxis(front, (-2, -1), (0, 1))
 
 
+def inner(a: Shaped[Array, "k n *lanes_a"], b: Shaped[Array, "k m *lanes_b"]) -> Array:
+    r"""Compute $A^\top B$ in every lane, to be materialized together with something else.
+
+    Of two matrices without lanes both are read along their rows, so that the CPU's vector units
+    work on a row: the fastest product of single matrices.
+    """
+    if _is_written_alone(a) and _is_written_alone(b):
+        return _inner_alone(a, b)
+    return product(transpose(a), b)
+
+
+def _is_written_alone(a: Array) -> bool:
+    """Tell whether `inner` writes out a product of such matrices without lanes."""
+    return (
+        a.ndim == 2 and MAX_UNROLLED < a.shape[0] <= MAX_SINGLE and jax.default_backend() == "cpu"
+    )
+
+
+@jax.custom_jvp
+def _inner_alone(a: Array, b: Array) -> Array:
+    return _contract(lambda j: a[j, :, None] * b[j, None], a.shape[0])
+
+
+@_inner_alone.defjvp
+def _inner_alone_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    # The derivative of a sum of slices would be a sum of padded ones.
+    (a, b), (da, db) = primals, tangents
+    change = product(transpose(da), b) + product(transpose(a), db)
+    return _inner_alone(a, b), change
+
+
 def diagonal_of(a: Shaped[Array, "n n *lanes"]) -> Array:
     r"""Return the diagonal in every lane, shape (n, lanes)."""
     size = a.shape[0]
@@ -121,6 +160,20 @@ def advance(a: Shaped[Array, "n n *lanes_a"], b: Shaped[Array, "n m *lanes_b"]) 
     change = product(rest, b)
     near, b = align(near, 1, b, 2)
     return near[:, None] * b + change
+
+
+def congruence(
+    a: Shaped[Array, "n m *lanes_a"], p: Shaped[Array, "n n *lanes_b"]
+) -> tuple[Array, Array]:
+    r"""Compute $PA$ and $A^\top PA$ of a symmetric P in every lane, by `split_identity` of A.
+
+    The caller materializes the second one.
+    """
+    near, rest = split_identity(a)
+    some, p = align(near, 1, p, 2)
+    half = materialize(some[None] * p + inner(p, rest))
+    near, half = align(near, 1, half, 2)
+    return half, near[:, None] * half + inner(rest, half)
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
