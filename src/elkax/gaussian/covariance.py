@@ -117,14 +117,17 @@ class Covariance:
     def accumulate(self, stored: Array, low: Array, columns: Array) -> tuple[Array, Array]:
         r"""Compute $J + GG^\top$, and what rounding left out of it.
 
-        A direction of which a block says nothing would be filled with the roundings of others.
+        A direction of which a block says nothing would be filled with the roundings of others; in
+        float64 they are too small to matter, and are dropped.
 
         Args:
             stored: $J$.
             low: what earlier roundings left out of it.
             columns: $G$.
         """
-        product = lanes.product(columns, transpose(columns))
+        stored, product = lanes.align(stored, 2, lanes.product(columns, transpose(columns)), 2)
+        if not lanes.is_short(stored.dtype):
+            return stored + product, low
         return lanes.two_sum(stored, low + product)
 
     def condition(self, stored: Array, information: Array) -> Array:

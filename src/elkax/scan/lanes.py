@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree, Shaped
 
 # Up to this inner dimension a product is written out over lanes: XLA's batched matmul calls
@@ -174,6 +175,11 @@ def congruence(
     half = materialize(some[None] * p + inner(p, rest))
     near, half = align(near, 1, half, 2)
     return half, near[:, None] * half + inner(rest, half)
+
+
+def is_short(dtype: DTypeLike) -> bool:
+    """Tell whether a type has so few digits that compensation for rounding is worth its time."""
+    return jnp.finfo(dtype).bits < 64
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
