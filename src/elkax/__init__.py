@@ -55,9 +55,11 @@ from elkax.recurrences import (  # noqa: E402
     RecurrenceInfo,
     RecurrenceSolution,
     Unrolled,
+    check_structure,
     choose_method,
     evaluate_recurrence,
     explain,
+    lyapunov_exponent,
 )
 from elkax.scan import Associative, Blocked, Sequential, affine_scan  # noqa: E402
 from elkax.smoothers import (  # noqa: E402
@@ -154,6 +156,7 @@ __all__ = [
     "Zero",
     "affine_scan",
     "arma",
+    "check_structure",
     "choose_method",
     "combine",
     "conditional_moments_gaussian_filter",
@@ -185,6 +188,7 @@ __all__ = [
     "lgssm_smoother",
     "local_level",
     "local_linear_trend",
+    "lyapunov_exponent",
     "maximum_likelihood",
     "regression",
     "scan",

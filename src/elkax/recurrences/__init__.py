@@ -2,6 +2,7 @@
 
 from elkax.recurrences.choice import Choice, choose_method, explain
 from elkax.recurrences.damping import ConstantDamping, PrefixDamping
+from elkax.recurrences.diagnostics import check_structure, lyapunov_exponent
 from elkax.recurrences.evaluate import RecurrenceInfo, RecurrenceSolution, evaluate_recurrence
 from elkax.recurrences.method import DEER, ELK, Jacobi, Method, Picard, QuasiDEER, QuasiELK
 from elkax.recurrences.tangent import Gradient, Implicit, MatrixFree, Unrolled
@@ -23,7 +24,9 @@ __all__ = [
     "RecurrenceInfo",
     "RecurrenceSolution",
     "Unrolled",
+    "check_structure",
     "choose_method",
     "evaluate_recurrence",
     "explain",
+    "lyapunov_exponent",
 ]

@@ -53,7 +53,9 @@ def audit(problem: Problem, states: Array, plan: Any, tolerance: Array) -> Audit
         nothing = jnp.full(len(states), jnp.nan, states.dtype)
         return Audit(prefix, jnp.max(relative), nothing, jnp.max(nothing))
     gradient = Implicit() if isinstance(plan.gradient, Unrolled) else plan.gradient
-    solve = gradient.tangent(problem, states, plan.structure, plan.windows[0], plan.backend)
+    solve = gradient.tangent(
+        problem, states, plan.structure, plan.windows[0] * plan.block, plan.backend
+    )
     signs = jax.random.rademacher(jax.random.key(0), (PROBES, *states.shape), states.dtype)
     eps = jnp.finfo(states.dtype).eps
     errors = jax.vmap(solve)(

@@ -1,6 +1,6 @@
 r"""Evaluation of a recurrence, in parallel over time."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,31 +9,27 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, PyTree
 
-from elkax.linearize import Full, Structure
 from elkax.recurrences.audit import Audit, audit
+from elkax.recurrences.blocks import coarsen, refine
 from elkax.recurrences.choice import choose_for
 from elkax.recurrences.method import Method
 from elkax.recurrences.newton import Options, Record, advance, start_at
+from elkax.recurrences.plan import Plan, make_plan
 from elkax.recurrences.prepare import (
     Arguments,
     Cell,
     clean,
-    declared_structure,
     flat_step,
     prepare,
     steps_of,
 )
-from elkax.recurrences.problem import Problem
-from elkax.recurrences.tangent import Gradient, Implicit, MatrixFree, Unrolled, solve_linearized
+from elkax.recurrences.problem import Problem, ravel_states
+from elkax.recurrences.tangent import Gradient, Unrolled, solve_linearized
 from elkax.scan import Backend, Sequential
 from elkax.scan.fallback import where_sound
 from elkax.smoothers.iteration import Status, Tolerance, iterate
-from elkax.smoothers.prepare import check_backend, check_count
+from elkax.smoothers.prepare import check_backend
 
-# Up to this dimension whole Jacobians are kept for derivatives and error bounds.
-SMALL = 16
-# Size of the windows after a restart, where none is named.
-WINDOW = 48
 # Iterations of a method that gives the first guess.
 ROUGH = 10
 
@@ -79,22 +75,6 @@ class RecurrenceSolution(NamedTuple):
     info: RecurrenceInfo
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a recurrence is evaluated; hashable."""
-
-    length: int
-    method: Method
-    gradient: Gradient | Unrolled
-    structure: Structure
-    windows: tuple[int, ...]
-    backend: Backend | None
-    max_iters: int
-    history: bool
-    bounded: bool
-    sequential_on_failure: bool
-
-
 def evaluate_recurrence(
     cell: Cell,
     initial_state: PyTree,
@@ -106,6 +86,7 @@ def evaluate_recurrence(
     length: ArrayLike | None = None,
     reverse: bool = False,
     window: int | None = None,
+    block: int = 1,
     max_iters: int | None = None,
     tolerance: ArrayLike | None = None,
     error_tolerance: float | None = None,
@@ -139,7 +120,10 @@ def evaluate_recurrence(
         reverse: run from the last input to the first, $s_t = f(s_{t+1}, x_t)$.
         window: W, the number of steps that an iteration works on, starting after what has
             converged; memory O(W D^2). By default all, and 48 once guesses had to be restarted.
-        max_iters: most iterations; by default T, at most 1000.
+        block: B, for one unknown in B steps: blocks of B steps are run one after the other inside,
+            all blocks at once, and the method finds the states between them (Gauss-Seidel inside
+            and Jacobi across with `Jacobi()`, multiple shooting with `DEER()`).
+        max_iters: most iterations; by default the number of unknown states, at most 1000.
         tolerance: largest relative residual of a converged trajectory; see `RecurrenceInfo`. By
             default $\epsilon^{3/4}$ of the precision of the state.
         error_tolerance: largest error bound, relative to the states up to that time; by default
@@ -180,6 +164,7 @@ def evaluate_recurrence(
         error_tolerance,
         dict(
             window=window,
+            block=block,
             max_iters=max_iters,
             gradient=gradient,
             on_failure=on_failure,
@@ -220,7 +205,7 @@ def _dispatch(
     dtype = jax.tree.leaves(arguments.initial)[0].dtype
     eps = float(jnp.finfo(dtype).eps)
     limit = eps ** (1 / 3) if error_tolerance is None else error_tolerance
-    plan = _plan(arguments, method, bounded=limit != float("inf"), **options)
+    plan = make_plan(arguments, method, bounded=limit != float("inf"), **options)
     start = _first_guess(arguments, guess, reverse, plan, dtype)
     return _evaluate(
         arguments.cell,
@@ -234,58 +219,15 @@ def _dispatch(
     )
 
 
-def _plan(
-    arguments: Arguments,
-    method: Method,
-    *,
-    window: int | None,
-    max_iters: int | None,
-    gradient: Any,
-    on_failure: str,
-    backend: Backend | None,
-    history: bool,
-    bounded: bool,
-) -> Plan:
-    length = arguments.length
-    size = sum(leaf.size for leaf in jax.tree.leaves(arguments.initial))
-    declared = declared_structure(arguments.cell)
-    if gradient is None:
-        gradient = Implicit() if declared is not None or size <= SMALL else MatrixFree()
-    if isinstance(gradient, type) or not isinstance(gradient, Gradient | Unrolled):
-        raise TypeError(f"gradient must be an object such as elkax.Implicit(), got {gradient!r}")
-    if window is not None:
-        check_count("window", window)
-        if window > length:
-            raise ValueError(f"window must be at most T = {length}, got {window}")
-    if max_iters is None:
-        max_iters = min(length, 1000)
-    elif max_iters != 0:
-        check_count("max_iters", max_iters)
-    if on_failure not in ("report", "sequential"):
-        raise ValueError(f'on_failure must be "report" or "sequential", got {on_failure!r}')
-    whole = window or length
-    refuses = method.damping is not None and method.damping.refuses
-    if refuses and whole < length:
-        raise ValueError(
-            f"{method.damping} judges steps by the residuals of all states, so that a window is "
-            f"none of its own, got window = {window}"
-        )
-    small = window is None and not refuses and length > 2 * WINDOW
-    exact = Full() if declared is None else declared
-    if declared is not None and isinstance(method.jacobian, Full):
-        method = Method(declared, method.damping, method.form)
-    return Plan(
-        length,
-        method,
-        gradient,
-        exact if isinstance(gradient, Implicit) else method.jacobian,
-        (WINDOW, length) if small else (whole,),
-        backend,
-        max_iters,
-        history,
-        bounded,
-        on_failure == "sequential",
-    )
+def _one_after_another(arguments: Arguments) -> RecurrenceSolution:
+    flat, unravel = ravel_pytree(arguments.initial)
+    xs = steps_of(arguments.inputs, arguments.valid, arguments.length)
+    problem = Problem(flat_step(arguments.cell, unravel), flat, xs)
+    states, status, prefix = run_sequentially(problem)
+    zero, none = jnp.zeros((), flat.dtype), jnp.asarray(0)
+    unknown = jnp.full(len(states), jnp.nan, flat.dtype)
+    info = RecurrenceInfo(status, none, zero + 1, prefix, zero, unknown, none, zero, None)
+    return RecurrenceSolution(jax.vmap(unravel)(states), jax.lax.stop_gradient(info))
 
 
 def _first_guess(
@@ -310,7 +252,7 @@ def _first_guess(
         coarse = replace(
             plan,
             method=guess,
-            windows=(length,),
+            windows=plan.windows[-1:],
             max_iters=ROUGH,
             history=False,
             bounded=False,
@@ -327,7 +269,7 @@ def _first_guess(
             limit,
             plan=coarse,
         )
-        start = _ravel_states(rough.states)
+        start = ravel_states(rough.states)
         return jax.lax.stop_gradient(start)
     if jax.tree.structure(guess) != jax.tree.structure(arguments.initial):
         raise ValueError(
@@ -340,34 +282,7 @@ def _first_guess(
     guess = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), guess)
     if reverse:
         guess = jax.tree.map(lambda leaf: jnp.flip(leaf, 0), guess)
-    return _ravel_states(guess)
-
-
-def _ravel_states(states: PyTree) -> Array:
-    return jax.vmap(lambda state: ravel_pytree(state)[0])(states)
-
-
-def _one_after_another(arguments: Arguments) -> RecurrenceSolution:
-    flat, unravel = ravel_pytree(arguments.initial)
-    xs = steps_of(arguments.inputs, arguments.valid, arguments.length)
-    step = flat_step(arguments.cell, unravel)
-    states = jax.lax.scan(lambda s, x: (step(s, x),) * 2, flat, xs)[1]
-    finite = jnp.all(jnp.isfinite(states), axis=1)
-    prefix = jnp.sum(jnp.cumprod(finite.astype(int)))
-    status = jnp.where(jnp.all(finite), int(Status.CONVERGED), int(Status.NONFINITE))
-    zero, none = jnp.zeros((), flat.dtype), jnp.asarray(0)
-    info = RecurrenceInfo(
-        status,
-        none,
-        jnp.ones_like(zero),
-        prefix,
-        zero,
-        jnp.full(len(states), jnp.nan, flat.dtype),
-        none,
-        zero,
-        None,
-    )
-    return RecurrenceSolution(jax.vmap(unravel)(states), jax.lax.stop_gradient(info))
+    return ravel_states(guess)
 
 
 @partial(jax.jit, static_argnames=("plan",))
@@ -390,34 +305,41 @@ def _evaluate(
     def recurrence(closed: list, flat: Array, xs: PyTree) -> Problem:
         return Problem(lambda state, x: step(state, x, *closed), flat, xs)
 
-    options = Options(plan.windows, tolerance, plan.max_iters, plan.backend, plan.history)
     moving = isinstance(plan.gradient, Unrolled)
     problem = recurrence(closed, flat, xs)
     still = problem if moving else recurrence(*jax.lax.stop_gradient((closed, flat, xs)))
-    start = start_at(still, plan.method, guess, options)
+    coarse = coarsen(still, plan.block)
+    options = Options(
+        plan.windows, tolerance, plan.max_iters, plan.backend, plan.history, not moving
+    )
+    if guess is not None:
+        last = jnp.minimum(plan.block * (1 + jnp.arange(coarse.length)), plan.length) - 1
+        guess = guess[last]
+    start = start_at(coarse, plan.method, guess, options)
     point, outcome = iterate(
-        partial(advance, still, plan.method, options),
+        partial(advance, coarse, plan.method, options),
         start if moving else jax.lax.stop_gradient(start),
         max_iters=plan.max_iters + 1,
         tolerance=Tolerance(0.0, 0.0),
         history=plan.max_iters + 1 if plan.history else 0,
         unroll=plan.max_iters + 1 if moving else None,
     )
-    index = jnp.arange(problem.length)
-    states = jnp.where((index < point.front)[:, None], point.states, point.held)
+    index = jnp.arange(coarse.length)
+    ends = jnp.where((index < point.front)[:, None], point.states, point.held)
+    states = refine(still, coarse, ends)
     fixed = jax.lax.stop_gradient((closed, flat, xs, states))
     found = audit(recurrence(*fixed[:3]), fixed[3], plan, tolerance)
     status = _judge(outcome.status, found, error_tolerance, plan.bounded)
-    lost = (status == int(Status.NONFINITE)) & (index >= found.prefix)
+    lost = (status == int(Status.NONFINITE)) & (jnp.arange(plan.length) >= found.prefix)
     states = jnp.where(lost[:, None], jnp.nan, states)
     if plan.sequential_on_failure:
-        states, status = _give_way(still, states, status)
+        states, status, found = _give_way(still, states, status, found)
     if not moving:
         states = _attach(recurrence, plan)(closed, flat, xs, jax.lax.stop_gradient(states))
     info = RecurrenceInfo(
         status=status,
         iterations=point.steps,
-        sweeps=point.evaluations / problem.length,
+        sweeps=point.evaluations * plan.block / plan.length,
         prefix=found.prefix,
         residual=found.residual,
         error_bound=found.bound,
@@ -436,20 +358,31 @@ def _judge(status: Array, found: Audit, error_tolerance: Array, bounded: bool) -
     return jnp.where(wide, int(Status.ILL_CONDITIONED), status)
 
 
-def _give_way(problem: Problem, states: Array, status: Array) -> tuple[Array, Array]:
+def _give_way(
+    problem: Problem, states: Array, status: Array, found: Audit
+) -> tuple[Array, Array, Audit]:
     """Evaluate step by step unless the iteration has converged."""
     good = (status == int(Status.CONVERGED)) | (status == int(Status.NONFINITE))
 
-    def sequential() -> tuple[Array, Array]:
-        def step(state: Array, x: PyTree) -> tuple[Array, Array]:
-            state = problem.step(state, x)
-            return state, state
+    def sequential() -> tuple[Array, Array, Audit]:
+        states, status, prefix = run_sequentially(problem)
+        nothing = jnp.full_like(found.bound, jnp.nan)
+        return states, status, Audit(prefix, jnp.zeros_like(found.residual), nothing, nothing[0])
 
-        states = jax.lax.scan(step, problem.initial, problem.inputs)[1]
-        finite = jnp.all(jnp.isfinite(states))
-        return states, jnp.where(finite, int(Status.CONVERGED), int(Status.NONFINITE))
+    return where_sound(good, lambda: (states, status, found), sequential)
 
-    return where_sound(good, lambda: (states, status), sequential)
+
+def run_sequentially(problem: Problem) -> tuple[Array, Array, Array]:
+    """Evaluate step by step: states, status, and how many of them are finite."""
+
+    def step(state: Array, x: PyTree) -> tuple[Array, Array]:
+        state = problem.step(state, x)
+        return state, state
+
+    states = jax.lax.scan(step, problem.initial, problem.inputs)[1]
+    finite = jnp.all(jnp.isfinite(states), axis=1)
+    status = jnp.where(jnp.all(finite), int(Status.CONVERGED), int(Status.NONFINITE))
+    return states, status, jnp.sum(jnp.cumprod(finite.astype(int)))
 
 
 def _attach(recurrence: Any, plan: Plan) -> Any:
@@ -474,7 +407,7 @@ def _attach(recurrence: Any, plan: Plan) -> Any:
             recurrence(*primals[:3]),
             states,
             plan.structure,
-            plan.windows[0],
+            plan.windows[0] * plan.block,
             plan.backend,
         )
         return states, solve(change)

@@ -15,17 +15,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from elkax.linearize.structure import Jacobian
 from elkax.recurrences.method import Method
-from elkax.recurrences.problem import Problem, shift, shift_back, sizes
+from elkax.recurrences.problem import Problem, sizes
+from elkax.recurrences.step import View, solve
 from elkax.scan import Backend
-from elkax.smoothers.damping import Attempt
+from elkax.smoothers.damping import Attempt, Damping
 from elkax.smoothers.iteration import Progress
 
 # A state this many times larger than any before it, and off by half of its size, is lost.
 FAR = 2.0
-# So many times larger, it is lost without being evaluated.
-EXPLODED = 1e3
 # What becomes of the active part after a restart, and in every iteration without one.
 SHRINK, GROW = 0.6, 1.1
 # So many iterations without a restart are needed before all of a long trajectory is tried again.
@@ -41,6 +39,7 @@ class Options(NamedTuple):
         max_iters: most steps taken.
         backend: how to run the linear problems over time.
         history: whether to keep the residual of every step.
+        restarts: whether guesses of the tail may be restarted.
     """
 
     windows: tuple[int, ...]
@@ -48,6 +47,7 @@ class Options(NamedTuple):
     max_iters: ArrayLike
     backend: Backend | None
     history: bool
+    restarts: bool
 
 
 class Point(NamedTuple):
@@ -105,24 +105,6 @@ class Record(NamedTuple):
     prefix: Array
     damping: Array
     residual: Array | None
-
-
-class View(NamedTuple):
-    """A window on the trajectory, leading axis its size.
-
-    Attributes:
-        start: index of its first state.
-        index: indices of its states.
-        states: the trajectory there.
-        values: f at the states before.
-        jacobian: what is kept of the Jacobian.
-    """
-
-    start: Array
-    index: Array
-    states: Array
-    values: Array
-    jacobian: Jacobian
 
 
 def start_at(problem: Problem, method: Method, guess: Array | None, options: Options) -> Point:
@@ -199,15 +181,15 @@ def _advance(
     merit = point.merit
     if method.damping is not None and method.damping.refuses:
         merit = _merit(view)
-        control, stalled, refused = _judge(method, point, merit, jnp.asarray(False))
+        control, stalled, refused = _judge(method.damping, point, merit, jnp.asarray(False))
         view = jax.lax.cond(
             refused, lambda: _look(problem, method, size, point, point.before), lambda: view
         )
         merit = jnp.where(refused, point.merit, merit)
-    lost = _lost(view, point, prefix)
+    lost = _lost(view, point, prefix) if options.restarts else view.start + size
     blown = lost < jnp.minimum(point.front, view.start + size)
     if method.damping is not None and not method.damping.refuses:
-        control, stalled, _ = _judge(method, point, merit, blown)
+        control, stalled, _ = _judge(method.damping, point, merit, blown)
     calm = jnp.where(blown, 0, point.calm + 1)
     longer = jnp.minimum((GROW * point.width).astype(int) + 1, options.windows[0])
     trusting = (point.resets == 0) | (calm >= CALM)
@@ -223,7 +205,9 @@ def _advance(
     states, expected, sane = jax.lax.cond(
         done,
         lambda: (view.states, merit, end),
-        lambda: _solve(method, options.backend, view, prefix, end, strength, usual),
+        lambda: solve(
+            method, options.backend, options.restarts, view, prefix, end, strength, usual
+        ),
     )
     exploded = sane < end
     blown, calm = blown | exploded, jnp.where(exploded, 0, calm)
@@ -282,7 +266,7 @@ def _largest(x: Array) -> Array:
     return jnp.max(jnp.where(jnp.isfinite(x), x, 0.0))
 
 
-def _judge(method: Method, point: Point, merit: Array, blown: Array) -> tuple[Any, Array, Array]:
+def _judge(damping: Damping, point: Point, merit: Array, blown: Array) -> tuple[Any, Array, Array]:
     """Let a damping judge the last step; there is nothing to judge before the first."""
     rounding = 256 * jnp.finfo(merit.dtype).eps * (1.0 + jnp.abs(merit))
     attempt = Attempt(
@@ -292,7 +276,7 @@ def _judge(method: Method, point: Point, merit: Array, blown: Array) -> tuple[An
         violated=blown,
         length=jnp.zeros_like(merit),
     )
-    verdict = method.damping.judge(point.control, attempt)
+    verdict = damping.judge(point.control, attempt)
     first = point.steps == 0
     control = jax.tree.map(
         lambda new, old: jnp.where(first, old, new), verdict.control, point.control
@@ -325,71 +309,3 @@ def _lost(view: View, point: Point, prefix: Array) -> Array:
     beyond = jnp.iinfo(view.index.dtype).max
     first = jnp.min(jnp.where(bad, view.index, beyond))
     return jnp.maximum(first, prefix + 1)
-
-
-def _solve(
-    method: Method,
-    backend: Backend | None,
-    view: View,
-    prefix: Array,
-    end: Array,
-    strength: Array | None,
-    usual: Array,
-) -> tuple[Array, Array, Array]:
-    """Take a step in the active part.
-
-    Returns:
-        The window after the step, the merit that is expected of it, and where the part of it ends
-        whose new states are of a sane size; behind that nothing has changed.
-    """
-    structure, size = method.jacobian, view.states.shape[1]
-    active = (view.index >= prefix) & (view.index < end)
-    coupled = active & (view.index > prefix)
-    residual = jnp.where(active[:, None], view.values - view.states, 0.0)
-    jacobian = structure.mask(view.jacobian, coupled, size)
-    if strength is None:
-        change, covs = (
-            structure.scan(jacobian, residual, jnp.zeros_like(residual[0]), backend=backend),
-            None,
-        )
-    else:
-        noise = jnp.where(coupled[:, None], strength, 0.0)
-        change, covs = structure.filter(jacobian, residual, noise, backend)
-    end = _sane(view.states + change, view.index, prefix, end, usual)
-    kept = view.index < end
-    change = jnp.where(kept[:, None], change, 0.0)
-    residual = jnp.where(kept[:, None], residual, 0.0)
-    jacobian = structure.mask(jacobian, kept, size)
-    if covs is not None and method.form == "smoother":
-        covs = structure.mask(covs, kept, size)
-        change = _smooth(method, backend, jacobian, change, covs)
-    carried = structure.times(jacobian, shift(change))
-    # Without damping this is f where the state before has not changed, to the last digit.
-    new = view.values + carried if strength is None else view.states + change
-    new = jnp.where((view.index == prefix)[:, None], view.values, new)
-    states = jnp.where((active & kept)[:, None], new, view.states)
-    return states, 0.5 * jnp.sum((residual + carried - change) ** 2), end
-
-
-def _sane(states: Array, index: Array, prefix: Array, end: Array, usual: Array) -> Array:
-    """Return where the part of a window ends that has not exploded."""
-    wild = ~(sizes(states) <= EXPLODED * usual) & (index > prefix)
-    return jnp.minimum(end, jnp.min(jnp.where(wild, index, jnp.iinfo(index.dtype).max)))
-
-
-def _smooth(
-    method: Method, backend: Backend | None, jacobian: Jacobian, change: Array, covs: Jacobian
-) -> Array:
-    r"""Smooth what was filtered.
-
-    With unit observation noise the gain is $P_{t|t}$ and the innovation divided by its covariance
-    is $-\delta_{t|t}$, so that Bryson-Frazier's costate obeys
-    $q_t = -\delta_{t|t} + (I - P_{t|t})A_{t+1}^	op q_{t+1}$ and the smoothed mean is
-    $\delta_{t|t} + P_{t|t}A_{t+1}^	op q_{t+1} = A_{t+1}^	op q_{t+1} - q_t$: nothing is inverted.
-    """
-    structure = method.jacobian
-    back = structure.transpose(jax.tree.map(shift_back, jacobian))
-    costates = structure.scan(
-        structure.gap(covs, back), -change, jnp.zeros_like(change[0]), reverse=True, backend=backend
-    )
-    return structure.times(back, shift_back(costates)) - costates

@@ -76,7 +76,7 @@ def _count_steps(inputs: PyTree, num_timesteps: int | None) -> int:
             "inputs must be arrays of one common leading length T (without any, num_timesteps "
             f"gives it), got shapes {shapes} and num_timesteps = {num_timesteps}"
         )
-    (count,) = lengths
+    count = next(iter(lengths)) or 0
     if count == 0:
         raise ValueError("inputs must hold at least one time step, got T = 0")
     return count

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
 from elkax.linearize.structure import Step
@@ -45,3 +46,8 @@ def shift(x: Array) -> Array:
 def shift_back(x: Array) -> Array:
     """Return what stands one step later, zero at last."""
     return jnp.concatenate((x[1:], jnp.zeros_like(x[:1])))
+
+
+def ravel_states(states: PyTree) -> Array:
+    """Flatten the states of a trajectory, (T, D)."""
+    return jax.vmap(lambda state: ravel_pytree(state)[0])(states)
