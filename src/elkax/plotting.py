@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import matplotlib.axes
     import matplotlib.collections
     import matplotlib.figure
+    import matplotlib.image
     import matplotlib.lines
 
 # Blue and vermilion of the Okabe-Ito palette stay apart for colour-blind readers and in grey.
@@ -159,6 +160,46 @@ def plot_band(
     band = ax.fill_between(times, lower, upper, color=color, alpha=0.2, linewidth=0)
     (curve,) = ax.plot(times, mean, color=color, linewidth=1.8, label=label)
     return band, curve
+
+
+def plot_residuals(
+    ax: matplotlib.axes.Axes, residuals: ArrayLike, *, floor: float = 1e-16
+) -> matplotlib.image.AxesImage:
+    """Draw the residuals of a recurrence over iteration and time, as shades of their logarithm.
+
+    Shows why a method works or does not: a front that converges from the left, a tail that blows
+    up, or all of it at once. What was not evaluated is left white.
+
+    Args:
+        ax: axes to draw on.
+        residuals: (iterations, T), `info.history.residual` of `evaluate_recurrence`.
+        floor: smaller ones are drawn as this.
+
+    Returns:
+        The image, for a colour bar.
+
+    Raises:
+        ValueError: if the residuals are not of that shape.
+    """
+    residuals = np.asarray(residuals, float)
+    if residuals.ndim != 2:
+        raise ValueError(f"residuals must be (iterations, T), got shape {residuals.shape}")
+    taken = np.flatnonzero(np.any(~np.isnan(residuals), axis=1))
+    shown = residuals[: taken[-1] + 1] if taken.size else residuals
+    levels = np.log10(np.clip(shown, floor, 1e4))
+    image = ax.imshow(
+        np.ma.masked_invalid(levels),
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        cmap="cividis",
+        vmin=np.log10(floor),
+        vmax=2.0,
+        extent=(0.5, shown.shape[1] + 0.5, -0.5, shown.shape[0] - 0.5),
+    )
+    ax.set_xlabel("time step")
+    ax.set_ylabel("iteration")
+    return image
 
 
 def plot_smoothed_forecast(

@@ -50,11 +50,13 @@ class Damping(Protocol):
 
     Attributes:
         fractions: parts of the step that are tried, the largest first.
+        refuses: whether a step that raises the merit is refused.
         second_order: whether the pseudo-observations also carry what the linearized model leaves
             out of the Hessian of the MAP cost, as far as they stay positive.
     """
 
     fractions: tuple[float, ...]
+    refuses: bool
     second_order: Any
 
     def start(self, hessian: Array) -> Any:
@@ -75,6 +77,7 @@ class GaussNewton:
     """No damping: every finite step is taken."""
 
     fractions: ClassVar[tuple[float, ...]] = (1.0,)
+    refuses: ClassVar[bool] = False
     second_order: ClassVar[bool] = False
 
     def start(self, hessian: Array) -> None:
@@ -176,6 +179,7 @@ class LevenbergMarquardt:
     second_order: bool = True
     largest: float = 1e14
     fractions: ClassVar[tuple[float, ...]] = FRACTIONS
+    refuses: ClassVar[bool] = True
 
     def start(self, hessian: Array) -> Strength:
         """Return the first strength; see `Damping`."""
@@ -214,6 +218,7 @@ class LineSearch:
     halvings: int = 20
     sufficient: float = 1e-4
     second_order: bool = True
+    refuses: ClassVar[bool] = True
 
     @property
     def fractions(self) -> tuple[float, ...]:

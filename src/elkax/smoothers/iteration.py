@@ -16,6 +16,7 @@ class Status(IntEnum):
     MAX_ITERS = 1
     NONFINITE = 2
     STALLED = 3
+    ILL_CONDITIONED = 4
 
 
 class Progress(NamedTuple):
@@ -73,6 +74,7 @@ def iterate(
     max_iters: ArrayLike,
     tolerance: Tolerance,
     history: int = 0,
+    unroll: int | None = None,
 ) -> tuple[PyTree, Outcome]:
     """Repeat a step until its size and the change of the cost are within tolerance.
 
@@ -85,6 +87,8 @@ def iterate(
         max_iters: most steps to take; may be traced.
         tolerance: when to stop.
         history: how many records to keep, at least `max_iters`; 0 for none.
+        unroll: `max_iters` as a number that is known beforehand, for a loop of that many turns
+            which can be differentiated in reverse; None for one that ends when it has arrived.
 
     Returns:
         The last finite state, and how the iteration ended.
@@ -118,7 +122,14 @@ def iterate(
             )
         return new, status, count + 1, progress.record, records
 
-    state, status, count, last, records = jax.lax.while_loop(unfinished, advance, start)
+    def turn(carry: tuple, _: None) -> tuple[tuple, None]:
+        return jax.lax.cond(unfinished(carry), advance, lambda carry: carry, carry), None
+
+    if unroll is None:
+        end = jax.lax.while_loop(unfinished, advance, start)
+    else:
+        end, _ = jax.lax.scan(turn, start, length=unroll)
+    state, status, count, last, records = end
     status = jnp.where(status == running, int(Status.MAX_ITERS), status)
     return state, Outcome(status, count, last, records)
 

@@ -48,6 +48,7 @@ class TrustRegion:
     second_order: bool = True
     largest: float = 1e14
     fractions: ClassVar[tuple[float, ...]] = FRACTIONS
+    refuses: ClassVar[bool] = True
 
     def start(self, hessian: Array) -> Region:
         """Return the first region; see `Damping`."""

@@ -1,0 +1,67 @@
+r"""What a trajectory is worth: its residual, and how far it may be from the exact one."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from elkax.recurrences.problem import Problem, sizes
+from elkax.recurrences.tangent import Implicit, Unrolled
+
+# Random roundings that are carried along, and how many standard deviations a bound is.
+PROBES, DEVIATIONS = 4, 8.0
+
+
+class Audit(NamedTuple):
+    """What a trajectory is worth.
+
+    Attributes:
+        prefix: number of states at the beginning whose residuals are within tolerance.
+        residual: largest residual, relative to the largest entry of a state up to that time.
+        bound: (T,) bound on the entries of the error; NaN if not asked for.
+        relative: largest bound, relative as the residual.
+    """
+
+    prefix: Array
+    residual: Array
+    bound: Array
+    relative: Array
+
+
+def audit(problem: Problem, states: Array, plan: Any, tolerance: Array) -> Audit:
+    r"""Judge a trajectory by its residuals $r_t = f(s_{t-1}, x_t) - s_t$.
+
+    To first order its error is the solution of $e_t = J_te_{t-1} + r_t$. Rounding of f adds what
+    nobody knows: a few random residuals of its size are carried through the same recurrence, and
+    several of their standard deviations are added.
+
+    Args:
+        problem: the recurrence.
+        states: the trajectory (T, D).
+        plan: how linear problems are solved.
+        tolerance: largest relative residual of a converged state.
+    """
+    values = jax.vmap(problem.step)(problem.before(states), problem.inputs)
+    rest = values - states
+    start = jnp.max(jnp.abs(problem.initial))
+    scale = jnp.maximum(jax.lax.cummax(sizes(values)), start)
+    error = sizes(rest)
+    relative = jnp.where(error == 0, 0.0, error / scale)
+    prefix = jnp.sum(jnp.cumprod((error <= tolerance * scale).astype(int)))
+    if not plan.bounded:
+        nothing = jnp.full(len(states), jnp.nan, states.dtype)
+        return Audit(prefix, jnp.max(relative), nothing, jnp.max(nothing))
+    gradient = Implicit() if isinstance(plan.gradient, Unrolled) else plan.gradient
+    solve = gradient.tangent(
+        problem, states, plan.structure, plan.windows[0] * plan.block, plan.backend
+    )
+    signs = jax.random.rademacher(jax.random.key(0), (PROBES, *states.shape), states.dtype)
+    eps = jnp.finfo(states.dtype).eps
+    errors = jax.vmap(solve)(
+        jnp.concatenate((rest[None], 2 * eps * sizes(values)[:, None] * signs))
+    )
+    spread = jnp.sqrt(jnp.sum(errors[1:] ** 2, axis=(0, 2)) / PROBES)
+    bound = sizes(errors[0]) + DEVIATIONS * spread
+    worst = jnp.max(jnp.where(bound == 0, 0.0, bound / scale))
+    return Audit(prefix, jnp.max(relative), bound, worst)

@@ -1,0 +1,100 @@
+"""How a recurrence is evaluated, from the options of a call."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from elkax.linearize import Full, Structure
+from elkax.recurrences.method import Method
+from elkax.recurrences.prepare import Arguments, declared_structure
+from elkax.recurrences.tangent import Gradient, Implicit, MatrixFree, Unrolled
+from elkax.scan import Backend
+from elkax.smoothers.prepare import check_count
+
+# Up to this dimension whole Jacobians are kept for derivatives and error bounds.
+SMALL = 16
+# Size of the windows after a restart, where none is named.
+WINDOW = 48
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a recurrence is evaluated; hashable."""
+
+    length: int
+    method: Method
+    gradient: Gradient | Unrolled
+    structure: Structure
+    windows: tuple[int, ...]
+    block: int
+    backend: Backend | None
+    max_iters: int
+    history: bool
+    bounded: bool
+    sequential_on_failure: bool
+
+
+def make_plan(
+    arguments: Arguments,
+    method: Method,
+    *,
+    window: int | None,
+    block: int,
+    max_iters: int | None,
+    gradient: Any,
+    on_failure: str,
+    backend: Backend | None,
+    history: bool,
+    bounded: bool,
+) -> Plan:
+    """Turn the options of `evaluate_recurrence` into a plan, and reject what cannot be.
+
+    Raises:
+        TypeError: on a gradient that is none.
+        ValueError: on counts and options that cannot be.
+    """
+    length = arguments.length
+    size = sum(leaf.size for leaf in jax.tree.leaves(arguments.initial))
+    declared = declared_structure(arguments.cell)
+    if gradient is None:
+        gradient = Implicit() if declared is not None or size <= SMALL else MatrixFree()
+    if isinstance(gradient, type) or not isinstance(gradient, Gradient | Unrolled):
+        raise TypeError(f"gradient must be an object such as elkax.Implicit(), got {gradient!r}")
+    if window is not None:
+        check_count("window", window)
+        if window > length:
+            raise ValueError(f"window must be at most T = {length}, got {window}")
+    check_count("block", block)
+    unknown = -(-length // block)
+    if max_iters is None:
+        max_iters = min(unknown, 1000)
+    elif max_iters != 0:
+        check_count("max_iters", max_iters)
+    if on_failure not in ("report", "sequential"):
+        raise ValueError(f'on_failure must be "report" or "sequential", got {on_failure!r}')
+    whole = unknown if window is None else -(-window // block)
+    refuses = method.damping is not None and method.damping.refuses
+    if refuses and whole < unknown:
+        raise ValueError(
+            f"{method.damping} judges steps by the residuals of all states, so it takes no window, "
+            f"got window = {window}"
+        )
+    truncated = isinstance(gradient, Unrolled)
+    shortens = window is None and not refuses and not truncated and unknown > 2 * WINDOW
+    exact = Full() if declared is None else declared
+    if declared is not None and isinstance(method.jacobian, Full):
+        method = Method(declared, method.damping, method.form)
+    return Plan(
+        length=length,
+        method=method,
+        gradient=gradient,
+        structure=method.jacobian if isinstance(gradient, MatrixFree) else exact,
+        windows=(WINDOW, unknown) if shortens else (whole,),
+        block=block,
+        backend=backend,
+        max_iters=max_iters,
+        history=history,
+        bounded=bounded,
+        sequential_on_failure=on_failure == "sequential",
+    )

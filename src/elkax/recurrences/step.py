@@ -1,0 +1,103 @@
+r"""The linear problem of one iteration, in the active part of a window."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from elkax.linearize.structure import Jacobian
+from elkax.recurrences.method import Method
+from elkax.recurrences.problem import shift, shift_back, sizes
+from elkax.scan import Backend
+
+# A state so many times larger than what the recurrence produces is lost without being evaluated.
+EXPLODED = 1e3
+
+
+class View(NamedTuple):
+    """A window on the trajectory, leading axis its size.
+
+    Attributes:
+        start: index of its first state.
+        index: indices of its states.
+        states: the trajectory there.
+        values: f at the states before.
+        jacobian: what is kept of the Jacobian.
+    """
+
+    start: Array
+    index: Array
+    states: Array
+    values: Array
+    jacobian: Jacobian
+
+
+def solve(
+    method: Method,
+    backend: Backend | None,
+    restarts: bool,
+    view: View,
+    prefix: Array,
+    end: Array,
+    strength: Array | None,
+    usual: Array,
+) -> tuple[Array, Array, Array]:
+    """Take a step in the active part.
+
+    Returns:
+        The window after the step, the merit that is expected of it, and where the part of it ends
+        whose new states are of a sane size; behind that nothing has changed.
+    """
+    structure, size = method.jacobian, view.states.shape[1]
+    active = (view.index >= prefix) & (view.index < end)
+    coupled = active & (view.index > prefix)
+    residual = jnp.where(active[:, None], view.values - view.states, 0.0)
+    jacobian = structure.mask(view.jacobian, coupled, size)
+    if strength is None:
+        change, covs = (
+            structure.scan(jacobian, residual, jnp.zeros_like(residual[0]), backend=backend),
+            None,
+        )
+    else:
+        noise = jnp.where(coupled[:, None], strength, 0.0)
+        change, covs = structure.filter(jacobian, residual, noise, backend)
+    if restarts:
+        end = _sane(view.states + change, view.index, prefix, end, usual)
+    kept = view.index < end
+    change = jnp.where(kept[:, None], change, 0.0)
+    residual = jnp.where(kept[:, None], residual, 0.0)
+    jacobian = structure.mask(jacobian, kept, size)
+    if covs is not None and method.form == "smoother":
+        covs = structure.mask(covs, kept, size)
+        change = _smooth(method, backend, jacobian, change, covs)
+    carried = structure.times(jacobian, shift(change))
+    # Without damping this is f where the state before has not changed, to the last digit.
+    new = view.values + carried if strength is None else view.states + change
+    new = jnp.where((view.index == prefix)[:, None], view.values, new)
+    states = jnp.where((active & kept)[:, None], new, view.states)
+    return states, 0.5 * jnp.sum((residual + carried - change) ** 2), end
+
+
+def _sane(states: Array, index: Array, prefix: Array, end: Array, usual: Array) -> Array:
+    """Return where the part of a window ends that has not exploded."""
+    wild = ~(sizes(states) <= EXPLODED * usual) & (index > prefix)
+    return jnp.minimum(end, jnp.min(jnp.where(wild, index, jnp.iinfo(index.dtype).max)))
+
+
+def _smooth(
+    method: Method, backend: Backend | None, jacobian: Jacobian, change: Array, covs: Jacobian
+) -> Array:
+    r"""Smooth what was filtered.
+
+    With unit observation noise the gain is $P_{t|t}$ and the innovation divided by its covariance
+    is $-\delta_{t|t}$, so that Bryson-Frazier's costate obeys
+    $q_t = -\delta_{t|t} + (I - P_{t|t})A_{t+1}^	op q_{t+1}$ and the smoothed mean is
+    $\delta_{t|t} + P_{t|t}A_{t+1}^	op q_{t+1} = A_{t+1}^	op q_{t+1} - q_t$: nothing is inverted.
+    """
+    structure = method.jacobian
+    back = structure.transpose(jax.tree.map(shift_back, jacobian))
+    costates = structure.scan(
+        structure.gap(covs, back), -change, jnp.zeros_like(change[0]), reverse=True, backend=backend
+    )
+    return structure.times(back, shift_back(costates)) - costates
