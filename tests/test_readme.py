@@ -14,7 +14,7 @@ def blocks(section, language):
     return re.findall(rf"^```{language}\n(.*?)^```$", body, re.M | re.S)
 
 
-@pytest.mark.parametrize("section", ["Example", "Nonlinear models"])
+@pytest.mark.parametrize("section", ["Example", "Nonlinear models", "Recurrences"])
 def test_example_prints_what_the_readme_shows(section, tmp_path):
     (example,) = blocks(section, "python")
     (printed,) = blocks(section, "text")

@@ -51,14 +51,17 @@ class PrefixDamping:
 
     In chaos the sum of all residuals says little: it rises while more and more states at the
     beginning become exact. Where the guesses of the tail had to be restarted $\lambda$ grows
-    fourfold, otherwise it halves, and below `smallest` it is zero, so that the end is Newton's.
+    fourfold, to `least` at the least, otherwise it halves, and below `smallest` it is zero, so that
+    the end is Newton's.
 
     Args:
         initial: first $\lambda$.
+        least: $\lambda$ after a restart, at least.
         smallest: $\lambda$ that counts as none.
     """
 
     initial: float = 1e-3
+    least: float = 4e-4
     smallest: float = 1e-8
     fractions: ClassVar[tuple[float, ...]] = (1.0,)
     refuses: ClassVar[bool] = False
@@ -74,7 +77,7 @@ class PrefixDamping:
 
     def judge(self, control: Array, attempt: Attempt) -> Verdict:
         """Take every step, and look at the tail; see `Damping`."""
-        least = jnp.asarray(self.smallest, control.dtype)
-        control = jnp.where(attempt.violated, 4.0 * jnp.maximum(control, least), 0.5 * control)
-        control = jnp.clip(control, 0.5 * least, 1e3)
+        raised = jnp.clip(4.0 * control, self.least, 1e3)
+        lowered = jnp.maximum(0.5 * control, 0.5 * self.smallest)
+        control = jnp.where(attempt.violated, raised, lowered).astype(control.dtype)
         return Verdict(jnp.asarray(0), jnp.asarray(True), jnp.asarray(False), control)

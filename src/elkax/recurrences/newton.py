@@ -5,7 +5,8 @@ those before it, and the first of its states is exact after the step, its predec
 Newton's method can throw states far away where the guesses are far from the trajectory. States
 that are not finite, or far outside of what the recurrence has produced so far and far from
 satisfying it, end the *active* part of the window; the guesses behind it are restarted from its
-last state. The active part shrinks then, and grows again while all goes well.
+last state. Without damping the active part shrinks then, and grows again while all goes well; with
+it the damping grows.
 """
 
 from functools import partial
@@ -195,6 +196,9 @@ def _advance(
     trusting = (point.resets == 0) | (calm >= CALM)
     width = jnp.where(trusting, length, longer)
     width = jnp.where(blown, _shorter(lost - prefix, options), width)
+    if method.damping is not None:
+        # What undamped steps do by taking fewer states, damping does for all of them.
+        width = point.width
     end = jnp.minimum(jnp.minimum(prefix + width, lost), view.start + size)
     done = (prefix == length) | (point.steps >= options.max_iters)
     strength = None
@@ -211,7 +215,8 @@ def _advance(
     )
     exploded = sane < end
     blown, calm = blown | exploded, jnp.where(exploded, 0, calm)
-    width = jnp.where(exploded, _shorter(sane - prefix, options), width)
+    if method.damping is None:
+        width = jnp.where(exploded, _shorter(sane - prefix, options), width)
     end = sane
     holding = point.holding | blown
     active = jnp.where(done, point.front, jnp.where(holding, end, length))

@@ -81,7 +81,8 @@ def make_plan(
             f"got window = {window}"
         )
     truncated = isinstance(gradient, Unrolled)
-    shortens = window is None and not refuses and not truncated and unknown > 2 * WINDOW
+    undamped = method.damping is None
+    shortens = window is None and undamped and not truncated and unknown > 2 * WINDOW
     exact = Full() if declared is None else declared
     if declared is not None and isinstance(method.jacobian, Full):
         method = Method(declared, method.damping, method.form)
