@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elkax.gaussian import Covariance, KalmanFilter, Model, SquareRoot
+from elkax.gaussian.diagonal import DiagonalKalmanFilter, DiagonalStep
 from elkax.gaussian.markov import GaussMarkov, Transition
 from elkax.gaussian.model import constant_part, over_time
 from elkax.gaussian.smoothing import RauchTungStriebel
@@ -68,6 +69,19 @@ def kalman(length, *, form):
     return Case(KalmanFilter(constant_part(model), form), start, xs)
 
 
+def diagonal_kalman(length):
+    """Transitions and noises vary in time, and every third noise is zero."""
+    rng = np.random.default_rng(5)
+    noise = np.where(np.arange(length)[:, None] % 3, rng.uniform(0.0, 2.0, (length, 3)), 0.0)
+    xs = DiagonalStep(
+        jnp.asarray(rng.uniform(-1.5, 1.5, (length, 3))),
+        jnp.asarray(rng.normal(size=(length, 3))),
+        jnp.asarray(noise),
+    )
+    state = jnp.asarray(rng.normal(size=3)), jnp.asarray(rng.uniform(0.0, 1.0, 3))
+    return Case(DiagonalKalmanFilter(3), state, xs)
+
+
 def smoother(length, *, form):
     """The Kalman case and something for its filter to have found."""
     rng = np.random.default_rng(4)
@@ -86,6 +100,7 @@ CASES = {
     "gauss-markov square root": lambda length: gauss_markov(length, form=SquareRoot()),
     "kalman covariance": lambda length: kalman(length, form=Covariance()),
     "kalman square root": lambda length: kalman(length, form=SquareRoot()),
+    "kalman diagonal": diagonal_kalman,
     "smoother covariance": lambda length: smoother(length, form=Covariance()),
     "smoother square root": lambda length: smoother(length, form=SquareRoot()),
 }

@@ -48,7 +48,8 @@ def audit(problem: Problem, states: Array, plan: Any, tolerance: Array) -> Audit
     scale = jnp.maximum(jax.lax.cummax(sizes(values)), start)
     error = sizes(rest)
     relative = jnp.where(error == 0, 0.0, error / scale)
-    prefix = jnp.sum(jnp.cumprod((error <= tolerance * scale).astype(int)))
+    good = (error <= tolerance * scale) & jnp.isfinite(error)
+    prefix = jnp.sum(jnp.cumprod(good.astype(int)))
     if not plan.bounded:
         nothing = jnp.full(len(states), jnp.nan, states.dtype)
         return Audit(prefix, jnp.max(relative), nothing, jnp.max(nothing))
@@ -62,6 +63,7 @@ def audit(problem: Problem, states: Array, plan: Any, tolerance: Array) -> Audit
         jnp.concatenate((rest[None], 2 * eps * sizes(values)[:, None] * signs))
     )
     spread = jnp.sqrt(jnp.sum(errors[1:] ** 2, axis=(0, 2)) / PROBES)
-    bound = sizes(errors[0]) + DEVIATIONS * spread
+    # Twice, for what is not of first order.
+    bound = 2.0 * sizes(errors[0]) + DEVIATIONS * spread
     worst = jnp.max(jnp.where(bound == 0, 0.0, bound / scale))
     return Audit(prefix, jnp.max(relative), bound, worst)

@@ -10,7 +10,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from elkax.linearize import Full
-from elkax.recurrences.prepare import Cell, declared_structure, flat_step, prepare, steps_of
+from elkax.recurrences.prepare import (
+    Cell,
+    declared_structure,
+    flat_step,
+    flat_structure,
+    prepare,
+    steps_of,
+)
 from elkax.recurrences.problem import Problem, ravel_states
 from elkax.scan import Backend, lanes, run
 
@@ -130,6 +137,7 @@ def check_structure(
     xs = steps_of(arguments.inputs, None, arguments.length)
     repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], len(points), axis=0), xs)
     _, full = Full().linearize(step, points, repeated)
+    structure = flat_structure(structure, unravel)
     _, kept = structure.linearize(step, points, repeated)
     units = jnp.eye(flat.shape[0], dtype=flat.dtype)
     columns = [structure.times(kept, jnp.broadcast_to(unit, points.shape)) for unit in units]

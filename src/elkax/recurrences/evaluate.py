@@ -9,17 +9,20 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, PyTree
 
+from elkax.linearize import Diagonal
 from elkax.recurrences.audit import Audit, audit
 from elkax.recurrences.blocks import coarsen, refine
 from elkax.recurrences.choice import choose_for
-from elkax.recurrences.method import Method
+from elkax.recurrences.method import DEER, Method
 from elkax.recurrences.newton import Options, Record, advance, start_at
 from elkax.recurrences.plan import Plan, make_plan
 from elkax.recurrences.prepare import (
     Arguments,
     Cell,
+    check_guess,
     clean,
     flat_step,
+    flat_structure,
     prepare,
     steps_of,
 )
@@ -49,7 +52,8 @@ class RecurrenceInfo(NamedTuple):
             another rounding of f would change; NaN where it was not asked for.
         resets: how often guesses of the tail were restarted.
         damping: largest $\lambda$ of the last iteration.
-        history: `Record` with leading axis `max_iters + 1`, NaN after the last; None if not kept.
+        history: `Record` whose leading axis holds every evaluation of the trajectory, at first that
+            of the guess, NaN after the last; None if not kept.
     """
 
     status: Array
@@ -128,7 +132,7 @@ def evaluate_recurrence(
         tolerance: largest relative residual of a converged trajectory; see `RecurrenceInfo`. By
             default $\epsilon^{3/4}$ of the precision of the state.
         error_tolerance: largest error bound, relative to the states up to that time; by default
-            $\epsilon^{1/3}$. Infinity for no bound.
+            $\epsilon^{1/3}$, or 100 times `tolerance` if that is more. Infinity for no bound.
         gradient: `Implicit()`, `MatrixFree()` or `Unrolled()`; by default the first, for D > 16 and
             a cell that does not state its structure the second.
         on_failure: "report", or "sequential" to evaluate step by step if the iteration does not
@@ -175,10 +179,12 @@ def evaluate_recurrence(
     )
     if not reverse:
         return solution
-    bound = jnp.flip(solution.info.error_bound)
+    info, kept = solution.info, solution.info.history
+    if kept is not None and block == 1:
+        kept = kept._replace(residual=jnp.flip(kept.residual, 1))
     return RecurrenceSolution(
         jax.tree.map(lambda leaf: jnp.flip(leaf, 0), solution.states),
-        solution.info._replace(error_bound=bound),
+        info._replace(error_bound=jnp.flip(info.error_bound), history=kept),
     )
 
 
@@ -199,14 +205,19 @@ def _dispatch(
 ) -> RecurrenceSolution:
     if method is None:
         method = choose_for(arguments).method
+    check_guess(arguments, guess)
     if isinstance(method, Sequential):
+        make_plan(arguments, DEER(), bounded=True, **options)
         return _one_after_another(arguments)
     if not isinstance(method, Method):
         raise TypeError(f"method must be an object such as elkax.DEER(), got {method!r}")
     dtype = jax.tree.leaves(arguments.initial)[0].dtype
     eps = float(jnp.finfo(dtype).eps)
-    limit = eps ** (1 / 3) if error_tolerance is None else error_tolerance
-    plan = make_plan(arguments, method, bounded=limit != float("inf"), **options)
+    tolerance = jnp.asarray(eps**0.75 if tolerance is None else tolerance, dtype)
+    limit = jnp.maximum(eps ** (1 / 3), 100 * tolerance)
+    if error_tolerance is not None:
+        limit = jnp.asarray(error_tolerance, dtype)
+    plan = make_plan(arguments, method, bounded=error_tolerance != float("inf"), **options)
     start = _first_guess(arguments, guess, reverse, plan, dtype)
     return _evaluate(
         arguments.cell,
@@ -214,8 +225,8 @@ def _dispatch(
         arguments.inputs,
         arguments.valid,
         start,
-        jnp.asarray(eps**0.75 if tolerance is None else tolerance, dtype),
-        jnp.asarray(limit, dtype),
+        tolerance,
+        limit,
         plan=plan,
     )
 
@@ -243,10 +254,6 @@ def _first_guess(
         zeros = jnp.zeros((length, flat.shape[0]), dtype)
         if guess == "zeros":
             return zeros
-        if guess != "inputs":
-            raise ValueError(
-                f'guess must be None, "zeros", "inputs", a trajectory or a method, got {guess!r}'
-            )
         step = flat_step(arguments.cell, unravel)
         return jax.vmap(step)(zeros, steps_of(arguments.inputs, arguments.valid, length))
     if isinstance(guess, Method):
@@ -272,14 +279,6 @@ def _first_guess(
         )
         start = ravel_states(rough.states)
         return jax.lax.stop_gradient(start)
-    if jax.tree.structure(guess) != jax.tree.structure(arguments.initial):
-        raise ValueError(
-            f"guess must be a trajectory like the state, {jax.tree.structure(arguments.initial)}, "
-            f"got {jax.tree.structure(guess)}"
-        )
-    for leaf, one in zip(jax.tree.leaves(guess), jax.tree.leaves(arguments.initial), strict=True):
-        if jnp.shape(leaf) != (length, *one.shape):
-            raise ValueError(f"guess must have shape {(length, *one.shape)}, got {jnp.shape(leaf)}")
     guess = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), guess)
     if reverse:
         guess = jax.tree.map(lambda leaf: jnp.flip(leaf, 0), guess)
@@ -306,6 +305,12 @@ def _evaluate(
     def recurrence(closed: list, flat: Array, xs: PyTree) -> Problem:
         return Problem(lambda state, x: step(state, x, *closed), flat, xs)
 
+    kept = flat_structure(plan.method.jacobian, unravel)
+    if plan.block > 1 and isinstance(kept, Diagonal):
+        # The derivative of one step is not that of a block.
+        kept = replace(kept, derivative=None)
+    method = replace(plan.method, jacobian=kept)
+    plan = replace(plan, structure=flat_structure(plan.structure, unravel))
     moving = isinstance(plan.gradient, Unrolled)
     problem = recurrence(closed, flat, xs)
     still = problem if moving else recurrence(*jax.lax.stop_gradient((closed, flat, xs)))
@@ -316,14 +321,16 @@ def _evaluate(
     if guess is not None:
         last = jnp.minimum(plan.block * (1 + jnp.arange(coarse.length)), plan.length) - 1
         guess = guess[last]
-    start = start_at(coarse, plan.method, guess, options)
+    start = start_at(coarse, method, guess, options)
+    # A turn that finds all of its window converged takes no step.
+    turns = plan.max_iters + 1 + (coarse.length - 1) // plan.windows[0]
     point, outcome = iterate(
-        partial(advance, coarse, plan.method, options),
+        partial(advance, coarse, method, options),
         start if moving else jax.lax.stop_gradient(start),
-        max_iters=plan.max_iters + 1,
+        max_iters=turns,
         tolerance=Tolerance(0.0, 0.0),
-        history=plan.max_iters + 1 if plan.history else 0,
-        unroll=plan.max_iters + 1 if moving else None,
+        history=turns if plan.history else 0,
+        unroll=turns if moving else None,
     )
     index = jnp.arange(coarse.length)
     ends = jnp.where((index < point.front)[:, None], point.states, point.held)

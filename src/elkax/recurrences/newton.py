@@ -243,7 +243,7 @@ def _advance(
         else jax.lax.dynamic_update_slice_in_dim(point.before, view.states, view.start, 0),
         merit=merit,
         expected=expected,
-        steps=point.steps + ~done,
+        steps=point.steps + (~done & (prefix < view.start + size)),
         evaluations=point.evaluations + size,
         residual=kept,
     )
@@ -293,7 +293,8 @@ def _converged(view: View, point: Point, options: Options) -> tuple[Array, Array
     """Return how many states have converged, and the relative residuals of the window."""
     error = sizes(view.values - view.states)
     scale = jnp.maximum(jax.lax.cummax(sizes(view.values)), point.known)
-    good = (view.index < point.prefix) | (error <= options.tolerance * scale)
+    small = (error <= options.tolerance * scale) & jnp.isfinite(error)
+    good = (view.index < point.prefix) | small
     prefix = view.start + jnp.sum(jnp.cumprod(good.astype(int)))
     return prefix, jnp.where(error == 0, 0.0, error / scale)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from elkax.linearize import Full, Structure
+from elkax.linearize import Dampable, Full, Structure, Zero
 from elkax.recurrences.method import Method
 from elkax.recurrences.prepare import Arguments, declared_structure
 from elkax.recurrences.tangent import Gradient, Implicit, MatrixFree, Unrolled
@@ -86,11 +86,13 @@ def make_plan(
     exact = Full() if declared is None else declared
     if declared is not None and isinstance(method.jacobian, Full):
         method = Method(declared, method.damping, method.form)
+    # Where no Jacobian is kept, the linear equation is solved by sweeps, at most T of them.
+    kept = method.jacobian if isinstance(method.jacobian, Dampable) else Zero()
     return Plan(
         length=length,
         method=method,
         gradient=gradient,
-        structure=method.jacobian if isinstance(gradient, MatrixFree) else exact,
+        structure=kept if isinstance(gradient, MatrixFree) else exact,
         windows=(WINDOW, unknown) if shortens else (whole,),
         block=block,
         backend=backend,

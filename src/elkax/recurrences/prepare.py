@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, PyTree
 
 from elkax.linearize import BlockDiagonal, Diagonal, Structure
+from elkax.recurrences.method import Method
 from elkax.smoothers.prepare import check_count, valid_steps
 
 Cell = Callable[[PyTree, PyTree], PyTree]
@@ -105,6 +106,27 @@ def _check_output(output: Any, state: PyTree) -> None:
         )
 
 
+def check_guess(arguments: Arguments, guess: Any) -> None:
+    """Raise a ValueError unless a first guess is one that `evaluate_recurrence` takes."""
+    if guess is None or isinstance(guess, Method):
+        return
+    if isinstance(guess, str):
+        if guess not in ("zeros", "inputs"):
+            raise ValueError(
+                f'guess must be None, "zeros", "inputs", a trajectory or a method, got {guess!r}'
+            )
+        return
+    if jax.tree.structure(guess) != jax.tree.structure(arguments.initial):
+        raise ValueError(
+            f"guess must be a trajectory like the state, {jax.tree.structure(arguments.initial)}, "
+            f"got {jax.tree.structure(guess)}"
+        )
+    for leaf, one in zip(jax.tree.leaves(guess), jax.tree.leaves(arguments.initial), strict=True):
+        if jnp.shape(leaf) != (arguments.length, *one.shape):
+            expected = (arguments.length, *one.shape)
+            raise ValueError(f"guess must have shape {expected}, got {jnp.shape(leaf)}")
+
+
 def declared_structure(cell: Cell) -> Structure | None:
     """Return the structure that a cell states as its `jacobian_structure`, None if it does not.
 
@@ -137,6 +159,20 @@ def flat_step(cell: Cell, unravel: Callable[[Array], PyTree]) -> Callable[[Array
         return new if valid is None else jnp.where(valid, new, state)
 
     return step
+
+
+def flat_structure(structure: Structure, unravel: Callable[[Array], PyTree]) -> Structure:
+    """Return a structure for `flat_step` of a cell, for one whose derivative takes its states."""
+    if not (isinstance(structure, Diagonal) and structure.derivative is not None):
+        return structure
+    derivative = structure.derivative
+
+    def flat(state: Array, x: PyTree) -> Array:
+        inputs, valid, _ = x
+        diagonal = ravel_pytree(derivative(unravel(state), inputs))[0]
+        return diagonal if valid is None else jnp.where(valid, diagonal, 1.0)
+
+    return replace(structure, derivative=flat)
 
 
 def steps_of(inputs: PyTree, valid: Array | None, length: int) -> PyTree:

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from elkax.linearize import Structure
 from elkax.recurrences.problem import Problem, shift, shift_back
@@ -101,7 +101,7 @@ class Implicit:
     ) -> Solve:
         """Solve by an affine scan; see `Gradient`."""
 
-        def part(before: Array, inputs: Array, b: Array, carry: Array) -> tuple[Array, Array]:
+        def part(before: Array, inputs: PyTree, b: Array, carry: Array) -> tuple[Array, Array]:
             _, jacobian = structure.linearize(problem.step, before, inputs)
             e = structure.scan(jacobian, b, carry, backend=backend)
             return e[-1], e
@@ -118,7 +118,7 @@ class Implicit:
     ) -> Solve:
         r"""Solve for $u_t = J_t^\top(b_t + u_{t+1})$; $g_t = b_t + u_{t+1}$."""
 
-        def part(before: Array, inputs: Array, b: Array, carry: Array) -> tuple[Array, Array]:
+        def part(before: Array, inputs: PyTree, b: Array, carry: Array) -> tuple[Array, Array]:
             _, jacobian = structure.linearize(problem.step, before, inputs)
             back = structure.transpose(jacobian)
             u = structure.scan(back, structure.times(back, b), carry, reverse=True, backend=backend)

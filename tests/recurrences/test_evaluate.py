@@ -1,0 +1,350 @@
+"""The contract of `evaluate_recurrence`: every method against `lax.scan`, and what it says."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+
+import elkax
+from recurrences import recurrence_problems as problems
+from recurrences.recurrence_problems import CHAOTIC, SOLVABLE, Problem, T, errors, flat_problem
+
+EPS = np.finfo(float).eps
+TOLERANCE = EPS**0.75
+
+METHODS = {
+    "Jacobi": elkax.Jacobi(),
+    "Picard": elkax.Picard(),
+    "quasi-DEER": elkax.QuasiDEER(),
+    "DEER": elkax.DEER(),
+    "quasi-ELK": elkax.QuasiELK(),
+    "ELK": elkax.ELK(),
+    "ELK smoother": elkax.ELK(elkax.ConstantDamping(1e-3), form="smoother"),
+}
+
+
+def check(problem, solution, tolerance=TOLERANCE):
+    """What a solution says of itself is so; return whether it says that it has converged."""
+    states, info = solution
+    exact = problem.scan()
+    chex.assert_trees_all_equal_shapes_and_dtypes(states, exact)
+    gap, scale = problem.residual(states)
+    # f may be rounded otherwise where it is evaluated by another program.
+    rounding = 20 * np.finfo(scale.dtype).eps
+    relative = np.max(gap / scale)
+    np.testing.assert_allclose(info.residual, relative, rtol=1e-3, atol=rounding)
+    if info.status not in (elkax.Status.CONVERGED, elkax.Status.ILL_CONDITIONED):
+        return False
+    assert relative <= tolerance + rounding
+    assert info.prefix == problem.length
+    if info.status == elkax.Status.CONVERGED:
+        assert np.all(errors(states, exact) <= info.error_bound)
+    return info.status == elkax.Status.CONVERGED
+
+
+@pytest.mark.parametrize("name", [*SOLVABLE, CHAOTIC])
+@pytest.mark.parametrize("method", METHODS)
+def test_matches_sequential(method, name):
+    problem = flat_problem(name)
+    solution = problem.evaluate(method=METHODS[method], max_iters=400)
+    converged = check(problem, solution)
+    # An error of one rounding grows to 3e-4 in the chaos of these 60 steps.
+    assert converged == (name != CHAOTIC)
+
+
+GRU = problems.gru()
+
+
+def test_states_and_inputs_may_be_pytrees():
+    problem = problems.pytree()
+    assert check(problem, problem.evaluate(method=elkax.DEER()))
+
+
+def test_states_of_an_lstm():
+    """A tuple; the Jacobian is kept in one block for h and one for c."""
+    problem = problems.lstm()
+    assert check(problem, problem.evaluate(method=elkax.QuasiDEER(elkax.BlockDiagonal(2))))
+
+
+def test_another_backend():
+    """Filter, backward pass and error bound by combination alone."""
+    method = elkax.QuasiELK(form="smoother")
+    assert check(GRU, GRU.evaluate(method=method, backend=elkax.Associative()))
+
+
+def test_jit_and_vmap():
+    """Every sequence of a batch as if alone, whatever the others take."""
+    rng = np.random.default_rng(13)
+    inputs = jnp.asarray(np.array([0.0, 1.0, 3.0])[:, None, None] * rng.normal(size=(3, T, 2)))
+
+    def run(inputs):
+        return GRU._replace(inputs=inputs).evaluate(method=elkax.QuasiDEER())
+
+    together = jax.jit(jax.vmap(run))(inputs)
+    for i in range(3):
+        alone = run(inputs[i])
+        assert check(GRU._replace(inputs=inputs[i]), jax.tree.map(lambda x, i=i: x[i], together))
+        assert alone.info.iterations == together.info.iterations[i]
+    assert len(set(np.asarray(together.info.iterations))) > 1
+
+
+def test_a_single_step():
+    problem = GRU._replace(inputs=GRU.inputs[:1], length=1)
+    solution = problem.evaluate(method=METHODS["ELK smoother"])
+    assert check(problem, solution) and solution.info.iterations == 1
+
+
+def test_step_by_step():
+    solution = GRU.evaluate(method=elkax.Sequential())
+    np.testing.assert_allclose(solution.states, GRU.scan(), rtol=1e-14)
+    info = solution.info
+    assert info.status == elkax.Status.CONVERGED and info.prefix == T and info.sweeps == 1.0
+
+
+def test_convergence_on_the_last_allowed_iteration():
+    def run(max_iters):
+        return GRU.evaluate(
+            method=elkax.DEER(), max_iters=max_iters, error_tolerance=float("inf")
+        ).info
+
+    last = int(run(T).iterations)
+    enough, short = run(last), run(last - 1)
+    assert enough.status == elkax.Status.CONVERGED and enough.iterations == last
+    assert enough.residual <= TOLERANCE < short.residual
+    assert short.status == elkax.Status.MAX_ITERS and short.iterations == last - 1
+
+
+@pytest.mark.parametrize("guess", ["zeros", "inputs", elkax.QuasiDEER()], ids=str)
+def test_first_guesses(guess):
+    solution = GRU.evaluate(method=elkax.DEER(), guess=guess)
+    assert check(GRU, solution)
+    if isinstance(guess, elkax.Method):
+        assert solution.info.iterations < GRU.evaluate(method=elkax.DEER()).info.iterations
+
+
+def test_guess_from_inputs_is_one_sweep_from_zeros():
+    """Jacobi's first sweep from zeros gives f(0, x_t), so that from there it needs one less."""
+    count = [
+        int(GRU.evaluate(method=elkax.Jacobi(), guess=guess).info.iterations)
+        for guess in ("zeros", "inputs")
+    ]
+    assert count[0] == count[1] + 1
+
+
+def test_history():
+    solution = GRU.evaluate(method=elkax.QuasiELK(), history=True, max_iters=40)
+    assert check(GRU, solution)
+    prefix, damping, residual = solution.info.history
+    last = int(solution.info.iterations)
+    assert prefix.shape == damping.shape == (41,) and residual.shape == (41, T)
+    assert np.all(np.diff(prefix[: last + 1]) >= 0) and prefix[last] == T
+    assert np.all(np.arange(last) <= prefix[:last])
+    np.testing.assert_allclose(damping[0], elkax.PrefixDamping().initial)
+    assert damping[last] == solution.info.damping < damping[0]
+    assert np.max(residual[last]) <= TOLERANCE < np.max(residual[last - 1])
+    for leaf in solution.info.history:
+        assert np.all(np.isnan(leaf[last + 1 :]))
+
+
+def test_tolerances():
+    """Of residuals and of errors, which are about as large in a recurrence that contracts."""
+    tight = GRU.evaluate(method=elkax.QuasiDEER())
+    loose = GRU.evaluate(method=elkax.QuasiDEER(), tolerance=1e-4, error_tolerance=1e-2)
+    assert check(GRU, loose, 1e-4)
+    assert loose.info.iterations < tight.info.iterations and loose.info.residual > 1e-8
+    # The same trajectory, of which more is asked.
+    strict = GRU.evaluate(method=elkax.QuasiDEER(), tolerance=1e-4, error_tolerance=1e-12)
+    assert strict.info.status == elkax.Status.ILL_CONDITIONED
+    np.testing.assert_array_equal(strict.states, loose.states)
+    silent = GRU.evaluate(method=elkax.QuasiDEER(), error_tolerance=float("inf"))
+    assert silent.info.status == elkax.Status.CONVERGED
+    assert np.all(np.isnan(silent.info.error_bound))
+
+
+@pytest.mark.parametrize("method", ["DEER", "quasi-ELK"])
+def test_long_chaos_is_never_plain_success(method):
+    """The logistic map at r = 3.9: an error of one rounding has grown to O(1) after 75 steps."""
+    problem = problems.logistic(2000, r=3.9)
+    info = problem.evaluate(method=METHODS[method], max_iters=300).info
+    assert info.status in (elkax.Status.ILL_CONDITIONED, elkax.Status.MAX_ITERS)
+
+
+@pytest.mark.parametrize("method, most", [("DEER", 4), ("quasi-DEER", 10)])
+def test_iterations_on_a_long_gru(method, most):
+    problem = problems.gru(1000, size=4)
+    solution = problem.evaluate(method=METHODS[method], guess="zeros", max_iters=most)
+    assert np.mean(np.abs(solution.states - problem.scan())) <= 1e-4
+
+
+@pytest.mark.parametrize("length", [300, 1000])
+def test_iterations_on_lorenz96(length):
+    problem = problems.lorenz96(length)
+    solution = problem.evaluate(method=elkax.DEER())
+    assert check(problem, solution)
+    assert np.max(errors(solution.states, problem.scan())) < 1e-6
+    assert solution.info.iterations <= 100 and solution.info.sweeps <= 6
+
+
+def test_float32():
+    """Default tolerances; the default on residuals is eps^(3/4) = 6e-6."""
+    problem = problems.gru(dtype=jnp.float32)
+    solution = problem.evaluate(method=elkax.DEER())
+    assert solution.states.dtype == jnp.float32
+    assert check(problem, solution, np.finfo(np.float32).eps ** 0.75)
+    exact = problems.gru().scan()
+    # The cell contracts, so that errors are about the residuals, and those of rounding 1e-7.
+    assert np.max(errors(solution.states, exact)) <= 5e-5
+
+
+def test_bfloat16():
+    problem = problems.gru(dtype=jnp.bfloat16)
+    # Eight bits: f is rounded to 2^-8 of its size, a few times over.
+    solution = problem.evaluate(method=elkax.QuasiDEER(), tolerance=0.05, error_tolerance=0.5)
+    assert solution.states.dtype == jnp.bfloat16
+    assert solution.info.status == elkax.Status.CONVERGED
+    exact = np.asarray(problems.gru().scan())
+    assert np.max(np.abs(np.asarray(solution.states, float) - exact)) <= 0.2
+
+
+class Gates:
+    """A cell that states its Jacobian: h = g h + (1 - g) x with g a function of h."""
+
+    jacobian_structure = elkax.Diagonal()
+
+    def __call__(self, state, x):
+        gate = jax.nn.sigmoid(2.0 * state + x)
+        return gate * state + (1 - gate) * jnp.tanh(x)
+
+
+class KnownGates(Gates):
+    jacobian_structure = elkax.Diagonal(
+        lambda h, x: (
+            jax.nn.sigmoid(2 * h + x)
+            + 2 * jax.nn.sigmoid(2 * h + x) * jax.nn.sigmoid(-2 * h - x) * (h - jnp.tanh(x))
+        )
+    )
+
+
+class Rotation:
+    """Two coordinates at a time."""
+
+    jacobian_structure = elkax.BlockDiagonal(2)
+
+    def __call__(self, state, x):
+        pairs = state.reshape(2, 2)
+        return 0.9 * jnp.tanh(jnp.stack((pairs[:, 1], -pairs[:, 0]), 1).reshape(4) + x)
+
+
+class Shift:
+    jacobian_structure = elkax.Zero()
+
+    def __call__(self, state, x):
+        return jnp.sin(x)
+
+
+DECLARED = [Gates(), KnownGates(), Rotation(), Shift()]
+
+
+def declared_problem(cell):
+    inputs = jnp.asarray(np.random.default_rng(14).normal(size=(T, 4)))
+    return Problem(Partial(cell), jnp.zeros(4), inputs)
+
+
+@pytest.mark.parametrize("cell", DECLARED, ids=lambda cell: type(cell).__name__)
+def test_a_cell_may_state_its_jacobian(cell):
+    """Newton's method is then the one with this structure."""
+    problem = declared_problem(cell)
+    solution = problem.evaluate(method=elkax.DEER())
+    assert check(problem, solution) and solution.info.iterations <= 8
+    elkax.check_structure(cell, problem.state, problem.inputs)
+
+
+def test_a_wrong_statement_is_found():
+    class Mixing(Gates):
+        def __call__(self, state, x):
+            return super().__call__(state, x) + 0.1 * state[::-1]
+
+    class Wrong(KnownGates):
+        jacobian_structure = elkax.Diagonal(lambda h, x: jax.nn.sigmoid(h))
+
+    class Rotating(Rotation):
+        jacobian_structure = elkax.Diagonal()
+
+    problem = declared_problem(_times)
+    for cell in (Mixing(), Wrong(), Rotating()):
+        with pytest.raises(ValueError, match="jacobian_structure"):
+            elkax.check_structure(cell, problem.state, problem.inputs)
+    with pytest.raises(ValueError, match="jacobian_structure"):
+        elkax.check_structure(GRU.cell, GRU.state, GRU.inputs)
+
+
+def test_lyapunov_exponents():
+    """Those of a linear map, where they are known, and of one in chaos."""
+    weights = jnp.asarray([[0.5, 0.3], [0.0, -0.9]])
+    linear = Problem(Partial(_times, weights), jnp.ones(2), None, 400)
+    found = elkax.lyapunov_exponent(*linear[:3], linear.scan(), num_timesteps=400)
+    # The first vector is random: what is not along the leading one adds O(1) / T.
+    np.testing.assert_allclose(found, np.log(0.9), atol=1e-2)
+    logistic = problems.logistic(400, r=4.0)
+    states = logistic.scan()
+    found = elkax.lyapunov_exponent(*logistic[:3], states, num_timesteps=400)
+    before = np.append(logistic.state, states[:-1])
+    np.testing.assert_allclose(found, np.mean(np.log(np.abs(4 - 8 * before))), rtol=1e-10)
+    # log 2 in the limit, with a standard deviation of 0.9 / sqrt(T).
+    assert abs(found - np.log(2)) < 0.15
+
+
+def _times(weights, state, x):
+    return weights @ state
+
+
+@pytest.mark.parametrize(
+    "options, method, reason",
+    [
+        ({"platform": "cpu"}, elkax.Sequential(), "CPU"),
+        ({"platform": "gpu", "num_timesteps": 100}, elkax.Sequential(), "T = 100"),
+        ({"platform": "gpu"}, elkax.DEER(), "D = 4"),
+        ({"platform": "gpu", "state_dim": 64}, elkax.QuasiDEER(), "D = 64"),
+        ({"platform": "gpu", "state_dim": 64, "contracts": True}, elkax.QuasiDEER(), "contracts"),
+        (
+            {"platform": "gpu", "state_dim": 64, "contracts": False},
+            elkax.DEER(),
+            "does not contract",
+        ),
+        (
+            {"platform": "gpu", "state_dim": 64, "structure": elkax.Diagonal()},
+            elkax.QuasiDEER(),
+            "states its Jacobian",
+        ),
+    ],
+    ids=str,
+)
+def test_choice(options, method, reason):
+    choice = elkax.choose_method(**({"num_timesteps": 10_000, "state_dim": 4} | options))
+    assert choice.method == method and reason in choice.reason
+
+
+def test_no_method_is_the_one_that_is_explained():
+    explained = elkax.explain(*GRU[:3])
+    chosen = elkax.choose_method(num_timesteps=T, state_dim=3)
+    assert type(chosen.method).__name__ in explained and chosen.reason in explained
+    solution = GRU.evaluate()
+    same = GRU.evaluate(method=chosen.method)
+    chex.assert_trees_all_equal(solution, same)
+
+
+def test_explanations_look_at_the_recurrence():
+    """A state of 20: whether it contracts decides, and what the cell states."""
+    inputs = jnp.zeros((300, 20))
+
+    def scaled(factor):
+        return lambda state, x: factor * jnp.sin(state) + x
+
+    explain = partial(elkax.explain, platform="gpu")
+    assert "diagonal" in explain(scaled(0.5), inputs[0], inputs).lower()
+    assert "does not contract" in explain(scaled(2.0), inputs[0], inputs)
+    assert "states its Jacobian" in explain(Gates(), inputs[0], inputs)
