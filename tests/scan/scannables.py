@@ -100,7 +100,7 @@ CASES = {
     "gauss-markov square root": lambda length: gauss_markov(length, form=SquareRoot()),
     "kalman covariance": lambda length: kalman(length, form=Covariance()),
     "kalman square root": lambda length: kalman(length, form=SquareRoot()),
-    "kalman diagonal": diagonal_kalman,
+    "diagonal kalman": diagonal_kalman,
     "smoother covariance": lambda length: smoother(length, form=Covariance()),
     "smoother square root": lambda length: smoother(length, form=SquareRoot()),
 }

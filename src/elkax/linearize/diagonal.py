@@ -50,7 +50,7 @@ class Diagonal:
         """Return the same; see `Structure`."""
         return jacobian
 
-    def mask(self, jacobian: Array, keep: Array, size: int) -> Array:
+    def mask(self, jacobian: Array, keep: Array) -> Array:
         """Set rows to zero; see `Structure`."""
         return jnp.where(keep[:, None], jacobian, 0.0)
 

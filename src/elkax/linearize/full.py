@@ -31,7 +31,7 @@ class Full:
         """Swap the last two axes; see `Structure`."""
         return jnp.swapaxes(jacobian, -1, -2)
 
-    def mask(self, jacobian: Array, keep: Array, size: int) -> Array:
+    def mask(self, jacobian: Array, keep: Array) -> Array:
         """Set matrices to zero; see `Structure`."""
         return jnp.where(keep[:, None, None], jacobian, 0.0)
 

@@ -26,7 +26,7 @@ class Zero:
         """Return the same; see `Structure`."""
         return None
 
-    def mask(self, jacobian: None, keep: Array, size: int) -> None:
+    def mask(self, jacobian: None, keep: Array) -> None:
         """Return the same; see `Structure`."""
         return None
 
@@ -59,7 +59,7 @@ class Identity(Zero):
         """Return the same; see `Structure`."""
         return jacobian
 
-    def mask(self, jacobian: Array, keep: Array, size: int) -> Array:
+    def mask(self, jacobian: Array, keep: Array) -> Array:
         """Set entries to zero; see `Structure`."""
         return jnp.where(keep[:, None], jacobian, 0.0)
 

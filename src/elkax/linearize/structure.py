@@ -45,7 +45,7 @@ class Structure(Protocol):
         r"""Return $A_t^\top$."""
         ...
 
-    def mask(self, jacobian: Jacobian, keep: Array, size: int) -> Jacobian:
+    def mask(self, jacobian: Jacobian, keep: Array) -> Jacobian:
         """Set Jacobians to zero where `keep` (T,) is False."""
         ...
 

@@ -2,7 +2,7 @@ r"""Evaluation of a recurrence, in parallel over time."""
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ from elkax.linearize import Diagonal
 from elkax.recurrences.audit import Audit, audit
 from elkax.recurrences.blocks import coarsen, refine
 from elkax.recurrences.choice import choose_for
+from elkax.recurrences.in_sequence import evaluate_in_sequence, give_way
 from elkax.recurrences.method import DEER, Method
-from elkax.recurrences.newton import Options, Record, advance, start_at
+from elkax.recurrences.newton import Options, advance, start_at
 from elkax.recurrences.plan import Plan, make_plan
 from elkax.recurrences.prepare import (
     Arguments,
@@ -27,56 +28,14 @@ from elkax.recurrences.prepare import (
     steps_of,
 )
 from elkax.recurrences.problem import Problem, ravel_states
+from elkax.recurrences.solution import RecurrenceInfo, RecurrenceSolution
 from elkax.recurrences.tangent import Gradient, Unrolled, solve_linearized
 from elkax.scan import Backend, Sequential
-from elkax.scan.fallback import where_sound
 from elkax.smoothers.iteration import Status, Tolerance, iterate
 from elkax.smoothers.prepare import check_backend
 
 # Iterations of a method that gives the first guess.
 ROUGH = 10
-
-
-class RecurrenceInfo(NamedTuple):
-    r"""How the evaluation of a recurrence ended, readable under `jit`.
-
-    Attributes:
-        status: a `Status` as an integer: 0 converged, 1 max_iters, 2 nonfinite, 3 stalled,
-            4 ill_conditioned (the residual is within its tolerance, the error bound is not).
-        iterations: number of linear problems solved, one scan each.
-        sweeps: evaluations of the cell, divided by T.
-        prefix: number of states at the beginning that have converged.
-        residual: largest entry of $|s_t - f(s_{t-1}, x_t)|$, relative to the largest entry of a
-            state up to t.
-        error_bound: (T,) first-order bound on the entries of the error of $s_t$, among them what
-            another rounding of f would change; NaN where it was not asked for.
-        resets: how often guesses of the tail were restarted.
-        damping: largest $\lambda$ of the last iteration.
-        history: `Record` whose leading axis holds every evaluation of the trajectory, at first that
-            of the guess, NaN after the last; None if not kept.
-    """
-
-    status: Array
-    iterations: Array
-    sweeps: Array
-    prefix: Array
-    residual: Array
-    error_bound: Array
-    resets: Array
-    damping: Array
-    history: Record | None
-
-
-class RecurrenceSolution(NamedTuple):
-    """A trajectory, and how its evaluation ended.
-
-    Attributes:
-        states: $s_{1:T}$, the pytree of the state with leading axis T.
-        info: how the evaluation ended.
-    """
-
-    states: PyTree
-    info: RecurrenceInfo
 
 
 def evaluate_recurrence(
@@ -208,7 +167,7 @@ def _dispatch(
     check_guess(arguments, guess)
     if isinstance(method, Sequential):
         make_plan(arguments, DEER(), bounded=True, **options)
-        return _one_after_another(arguments)
+        return evaluate_in_sequence(arguments)
     if not isinstance(method, Method):
         raise TypeError(f"method must be an object such as elkax.DEER(), got {method!r}")
     dtype = jax.tree.leaves(arguments.initial)[0].dtype
@@ -229,17 +188,6 @@ def _dispatch(
         limit,
         plan=plan,
     )
-
-
-def _one_after_another(arguments: Arguments) -> RecurrenceSolution:
-    flat, unravel = ravel_pytree(arguments.initial)
-    xs = steps_of(arguments.inputs, arguments.valid, arguments.length)
-    problem = Problem(flat_step(arguments.cell, unravel), flat, xs)
-    states, status, prefix = run_sequentially(problem)
-    zero, none = jnp.zeros((), flat.dtype), jnp.asarray(0)
-    unknown = jnp.full(len(states), jnp.nan, flat.dtype)
-    info = RecurrenceInfo(status, none, zero + 1, prefix, zero, unknown, none, zero, None)
-    return RecurrenceSolution(jax.vmap(unravel)(states), jax.lax.stop_gradient(info))
 
 
 def _first_guess(
@@ -341,7 +289,7 @@ def _evaluate(
     lost = (status == int(Status.NONFINITE)) & (jnp.arange(plan.length) >= found.prefix)
     states = jnp.where(lost[:, None], jnp.nan, states)
     if plan.sequential_on_failure:
-        states, status, found = _give_way(still, states, status, found)
+        states, status, found = give_way(still, states, status, found)
     if not moving:
         states = _attach(recurrence, plan)(closed, flat, xs, jax.lax.stop_gradient(states))
     info = RecurrenceInfo(
@@ -364,33 +312,6 @@ def _judge(status: Array, found: Audit, error_tolerance: Array, bounded: bool) -
         return status
     wide = (status == int(Status.CONVERGED)) & ~(found.relative <= error_tolerance)
     return jnp.where(wide, int(Status.ILL_CONDITIONED), status)
-
-
-def _give_way(
-    problem: Problem, states: Array, status: Array, found: Audit
-) -> tuple[Array, Array, Audit]:
-    """Evaluate step by step unless the iteration has converged."""
-    good = (status == int(Status.CONVERGED)) | (status == int(Status.NONFINITE))
-
-    def sequential() -> tuple[Array, Array, Audit]:
-        states, status, prefix = run_sequentially(problem)
-        nothing = jnp.full_like(found.bound, jnp.nan)
-        return states, status, Audit(prefix, jnp.zeros_like(found.residual), nothing, nothing[0])
-
-    return where_sound(good, lambda: (states, status, found), sequential)
-
-
-def run_sequentially(problem: Problem) -> tuple[Array, Array, Array]:
-    """Evaluate step by step: states, status, and how many of them are finite."""
-
-    def step(state: Array, x: PyTree) -> tuple[Array, Array]:
-        state = problem.step(state, x)
-        return state, state
-
-    states = jax.lax.scan(step, problem.initial, problem.inputs)[1]
-    finite = jnp.all(jnp.isfinite(states), axis=1)
-    status = jnp.where(jnp.all(finite), int(Status.CONVERGED), int(Status.NONFINITE))
-    return states, status, jnp.sum(jnp.cumprod(finite.astype(int)))
 
 
 def _attach(recurrence: Any, plan: Plan) -> Any:

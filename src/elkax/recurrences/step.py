@@ -49,16 +49,14 @@ def solve(
         The window after the step, the merit that is expected of it, and where the part of it ends
         whose new states are of a sane size; behind that nothing has changed.
     """
-    structure, size = method.jacobian, view.states.shape[1]
+    structure = method.jacobian
     active = (view.index >= prefix) & (view.index < end)
     coupled = active & (view.index > prefix)
     residual = jnp.where(active[:, None], view.values - view.states, 0.0)
-    jacobian = structure.mask(view.jacobian, coupled, size)
+    jacobian = structure.mask(view.jacobian, coupled)
+    covs = None
     if strength is None:
-        change, covs = (
-            structure.scan(jacobian, residual, jnp.zeros_like(residual[0]), backend=backend),
-            None,
-        )
+        change = structure.scan(jacobian, residual, jnp.zeros_like(residual[0]), backend=backend)
     else:
         noise = jnp.where(coupled[:, None], strength, 0.0)
         change, covs = structure.filter(jacobian, residual, noise, backend)
@@ -67,9 +65,9 @@ def solve(
     kept = view.index < end
     change = jnp.where(kept[:, None], change, 0.0)
     residual = jnp.where(kept[:, None], residual, 0.0)
-    jacobian = structure.mask(jacobian, kept, size)
+    jacobian = structure.mask(jacobian, kept)
     if covs is not None and method.form == "smoother":
-        covs = structure.mask(covs, kept, size)
+        covs = structure.mask(covs, kept)
         change = _smooth(method, backend, jacobian, change, covs)
     carried = structure.times(jacobian, shift(change))
     # Without damping this is f where the state before has not changed, to the last digit.
@@ -92,8 +90,8 @@ def _smooth(
 
     With unit observation noise the gain is $P_{t|t}$ and the innovation divided by its covariance
     is $-\delta_{t|t}$, so that Bryson-Frazier's costate obeys
-    $q_t = -\delta_{t|t} + (I - P_{t|t})A_{t+1}^	op q_{t+1}$ and the smoothed mean is
-    $\delta_{t|t} + P_{t|t}A_{t+1}^	op q_{t+1} = A_{t+1}^	op q_{t+1} - q_t$: nothing is inverted.
+    $q_t = -\delta_{t|t} + (I - P_{t|t})A_{t+1}^\top q_{t+1}$ and the smoothed mean is
+    $\delta_{t|t} + P_{t|t}A_{t+1}^\top q_{t+1} = A_{t+1}^\top q_{t+1} - q_t$: nothing is inverted.
     """
     structure = method.jacobian
     back = structure.transpose(jax.tree.map(shift_back, jacobian))
