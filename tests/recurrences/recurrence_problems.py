@@ -12,6 +12,14 @@ import elkax
 
 T = 60
 INPUTS = 2
+METHODS = {
+    "Jacobi": elkax.Jacobi(),
+    "Picard": elkax.Picard(),
+    "quasi-DEER": elkax.QuasiDEER(),
+    "DEER": elkax.DEER(),
+    "quasi-ELK": elkax.QuasiELK(),
+    "ELK": elkax.ELK(),
+}
 
 
 class Problem(NamedTuple):

@@ -16,13 +16,7 @@ from recurrences.recurrence_problems import CHAOTIC, SOLVABLE, Problem, T, error
 EPS = np.finfo(float).eps
 TOLERANCE = EPS**0.75
 
-METHODS = {
-    "Jacobi": elkax.Jacobi(),
-    "Picard": elkax.Picard(),
-    "quasi-DEER": elkax.QuasiDEER(),
-    "DEER": elkax.DEER(),
-    "quasi-ELK": elkax.QuasiELK(),
-    "ELK": elkax.ELK(),
+METHODS = problems.METHODS | {
     "ELK smoother": elkax.ELK(elkax.ConstantDamping(1e-3), form="smoother"),
 }
 

@@ -10,6 +10,7 @@ import pytest
 
 import elkax
 from recurrences import recurrence_problems as problems
+from recurrences.recurrence_problems import METHODS
 
 T = 30
 PROBLEM = problems.gru(T)
@@ -18,15 +19,6 @@ EVERY = np.random.default_rng(8).normal(size=(T, 3))
 LAST = np.where(np.arange(T)[:, None] == T - 1, EVERY, 0.0)
 LOSSES = {"every step": EVERY, "last step": LAST}
 INFINITY = float("inf")
-
-METHODS = {
-    "Jacobi": elkax.Jacobi(),
-    "Picard": elkax.Picard(),
-    "quasi-DEER": elkax.QuasiDEER(),
-    "DEER": elkax.DEER(),
-    "quasi-ELK": elkax.QuasiELK(),
-    "ELK": elkax.ELK(),
-}
 
 
 def states_of(cell, state, inputs, *, reference=False, steps=None, **options):

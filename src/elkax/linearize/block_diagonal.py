@@ -55,11 +55,7 @@ class BlockDiagonal:
 
     def transpose(self, jacobian: Array) -> Array:
         """Swap the last two axes; see `Structure`."""
-        return jnp.swapaxes(jacobian, -1, -2)
-
-    def mask(self, jacobian: Array, keep: Array) -> Array:
-        """Set matrices to zero; see `Structure`."""
-        return jnp.where(keep[:, None, None, None], jacobian, 0.0)
+        return Full().transpose(jacobian)
 
     def scan(
         self,
@@ -92,4 +88,4 @@ class BlockDiagonal:
 
     def gap(self, covs: Array, jacobian: Array) -> Array:
         """Multiply block by block; see `Structure`."""
-        return jacobian - jnp.matmul(covs, jacobian, precision="highest")
+        return Full().gap(covs, jacobian)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from elkax.gaussian.diagonal import DiagonalKalmanFilter, DiagonalStep
-from elkax.linearize.structure import Step, pushforward
-from elkax.scan import Backend, affine_scan, run
+from elkax.linearize.structure import Entrywise, Step, pushforward
+from elkax.scan import Backend, run
 
 
 @dataclass(frozen=True)
-class Diagonal:
+class Diagonal(Entrywise):
     r"""The diagonal: quasi-DEER and quasi-ELK.
 
     For a general cell it takes D products of the Jacobian with a vector, one after the other, so
@@ -41,30 +41,6 @@ class Diagonal:
             return push(jnp.broadcast_to(unit, states.shape)) @ unit
 
         return values, jax.lax.map(entry, jnp.eye(states.shape[1], dtype=states.dtype)).T
-
-    def times(self, jacobian: Array, vectors: Array) -> Array:
-        """Multiply entry by entry; see `Structure`."""
-        return jacobian * vectors
-
-    def transpose(self, jacobian: Array) -> Array:
-        """Return the same; see `Structure`."""
-        return jacobian
-
-    def mask(self, jacobian: Array, keep: Array) -> Array:
-        """Set rows to zero; see `Structure`."""
-        return jnp.where(keep[:, None], jacobian, 0.0)
-
-    def scan(
-        self,
-        jacobian: Array,
-        offset: Array,
-        start: Array,
-        *,
-        reverse: bool = False,
-        backend: Backend | None = None,
-    ) -> Array:
-        """Solve the affine recurrence; see `Structure`."""
-        return affine_scan(jacobian, offset, start, reverse=reverse, backend=backend)
 
     def filter(
         self, jacobian: Array, offset: Array, noise: Array, backend: Backend | None

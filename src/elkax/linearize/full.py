@@ -31,10 +31,6 @@ class Full:
         """Swap the last two axes; see `Structure`."""
         return jnp.swapaxes(jacobian, -1, -2)
 
-    def mask(self, jacobian: Array, keep: Array) -> Array:
-        """Set matrices to zero; see `Structure`."""
-        return jnp.where(keep[:, None, None], jacobian, 0.0)
-
     def scan(
         self,
         jacobian: Array,

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jaxtyping import Array, PyTree
 
-from elkax.scan import Backend
+from elkax.scan import Backend, affine_scan
 
 # (state (D,), input) to the next state (D,).
 Step = Callable[[Array, PyTree], Array]
@@ -43,10 +43,6 @@ class Structure(Protocol):
 
     def transpose(self, jacobian: Jacobian) -> Jacobian:
         r"""Return $A_t^\top$."""
-        ...
-
-    def mask(self, jacobian: Jacobian, keep: Array) -> Jacobian:
-        """Set Jacobians to zero where `keep` (T,) is False."""
         ...
 
     def scan(
@@ -92,3 +88,27 @@ class Dampable(Structure, Protocol):
 def pushforward(step: Step, states: Array, inputs: PyTree) -> tuple[Array, Callable]:
     """Evaluate all steps, and return the function that multiplies with all their Jacobians."""
     return jax.linearize(lambda s: jax.vmap(step)(s, inputs), states)
+
+
+class Entrywise:
+    """What structures have in common whose Jacobians are vectors (T, D)."""
+
+    def times(self, jacobian: Array, vectors: Array) -> Array:
+        """Multiply entry by entry; see `Structure`."""
+        return jacobian * vectors
+
+    def transpose(self, jacobian: Array) -> Array:
+        """Return the same; see `Structure`."""
+        return jacobian
+
+    def scan(
+        self,
+        jacobian: Array,
+        offset: Array,
+        start: Array,
+        *,
+        reverse: bool = False,
+        backend: Backend | None = None,
+    ) -> Array:
+        """Solve the affine recurrence; see `Structure`."""
+        return affine_scan(jacobian, offset, start, reverse=reverse, backend=backend)

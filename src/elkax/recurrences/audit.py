@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from elkax.recurrences.problem import Problem, sizes
+from elkax.recurrences.problem import Problem, fit, leading, sizes
 from elkax.recurrences.tangent import Implicit, Unrolled
 
 # Random roundings that are carried along, and how many standard deviations a bound is.
@@ -42,28 +42,20 @@ def audit(problem: Problem, states: Array, plan: Any, tolerance: Array) -> Audit
         plan: how linear problems are solved.
         tolerance: largest relative residual of a converged state.
     """
-    values = jax.vmap(problem.step)(problem.before(states), problem.inputs)
-    rest = values - states
-    start = jnp.max(jnp.abs(problem.initial))
-    scale = jnp.maximum(jax.lax.cummax(sizes(values)), start)
-    error = sizes(rest)
-    relative = jnp.where(error == 0, 0.0, error / scale)
-    good = (error <= tolerance * scale) & jnp.isfinite(error)
-    prefix = jnp.sum(jnp.cumprod(good.astype(int)))
+    values = problem.values(states)
+    found = fit(values, states, jnp.max(jnp.abs(problem.initial)), tolerance)
+    prefix, residual = leading(found.good), jnp.max(found.relative)
     if not plan.bounded:
         nothing = jnp.full(len(states), jnp.nan, states.dtype)
-        return Audit(prefix, jnp.max(relative), nothing, jnp.max(nothing))
+        return Audit(prefix, residual, nothing, jnp.max(nothing))
     gradient = Implicit() if isinstance(plan.gradient, Unrolled) else plan.gradient
-    solve = gradient.tangent(
-        problem, states, plan.structure, plan.windows[0] * plan.block, plan.backend
-    )
+    solve = gradient.tangent(plan.course(problem, states))
     signs = jax.random.rademacher(jax.random.key(0), (PROBES, *states.shape), states.dtype)
     eps = jnp.finfo(states.dtype).eps
-    errors = jax.vmap(solve)(
-        jnp.concatenate((rest[None], 2 * eps * sizes(values)[:, None] * signs))
-    )
+    roundings = 2 * eps * sizes(values)[:, None] * signs
+    errors = jax.vmap(solve)(jnp.concatenate(((values - states)[None], roundings)))
     spread = jnp.sqrt(jnp.sum(errors[1:] ** 2, axis=(0, 2)) / PROBES)
     # Twice, for what is not of first order.
     bound = 2.0 * sizes(errors[0]) + DEVIATIONS * spread
-    worst = jnp.max(jnp.where(bound == 0, 0.0, bound / scale))
-    return Audit(prefix, jnp.max(relative), bound, worst)
+    worst = jnp.max(jnp.where(bound == 0, 0.0, bound / found.scale))
+    return Audit(prefix, residual, bound, worst)

@@ -327,18 +327,11 @@ def _attach(recurrence: Any, plan: Plan) -> Any:
         states = attach(*primals)
 
         def steps(closed: list, flat: Array, xs: PyTree) -> Array:
-            problem = recurrence(closed, flat, xs)
-            return jax.vmap(problem.step)(problem.before(states), problem.inputs)
+            return recurrence(closed, flat, xs).values(states)
 
         change = jax.jvp(steps, primals[:3], tangents[:3])[1]
-        solve = solve_linearized(
-            plan.gradient,
-            recurrence(*primals[:3]),
-            states,
-            plan.structure,
-            plan.windows[0] * plan.block,
-            plan.backend,
-        )
+        course = plan.course(recurrence(*primals[:3]), states)
+        solve = solve_linearized(plan.gradient, course)
         return states, solve(change)
 
     return attach

@@ -7,7 +7,7 @@ from jaxtyping import Array, PyTree
 
 from elkax.recurrences.audit import Audit
 from elkax.recurrences.prepare import Arguments, flat_step, steps_of
-from elkax.recurrences.problem import Problem
+from elkax.recurrences.problem import Problem, leading
 from elkax.recurrences.solution import RecurrenceInfo, RecurrenceSolution
 from elkax.scan.fallback import where_sound
 from elkax.smoothers.iteration import Status
@@ -49,4 +49,4 @@ def _run(problem: Problem) -> tuple[Array, Array, Array]:
     states = jax.lax.scan(step, problem.initial, problem.inputs)[1]
     finite = jnp.all(jnp.isfinite(states), axis=1)
     status = jnp.where(jnp.all(finite), int(Status.CONVERGED), int(Status.NONFINITE))
-    return states, status, jnp.sum(jnp.cumprod(finite.astype(int)))
+    return states, status, leading(finite)

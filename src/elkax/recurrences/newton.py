@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
 from elkax.recurrences.method import Method
-from elkax.recurrences.problem import Problem, sizes
+from elkax.recurrences.problem import Problem, fit, leading, sizes
 from elkax.recurrences.step import View, solve
 from elkax.scan import Backend
 from elkax.smoothers.damping import Attempt, Damping
@@ -136,7 +136,7 @@ def start_at(problem: Problem, method: Method, guess: Array | None, options: Opt
         calm=none,
         holding=jnp.asarray(guess is None),
         control=None if damping is None else damping.start(jnp.ones_like(states)),
-        before=None if damping is None else states,
+        before=states if damping is not None and damping.refuses else None,
         merit=jnp.asarray(jnp.inf, dtype),
         expected=zero,
         steps=none,
@@ -291,12 +291,8 @@ def _judge(damping: Damping, point: Point, merit: Array, blown: Array) -> tuple[
 
 def _converged(view: View, point: Point, options: Options) -> tuple[Array, Array]:
     """Return how many states have converged, and the relative residuals of the window."""
-    error = sizes(view.values - view.states)
-    scale = jnp.maximum(jax.lax.cummax(sizes(view.values)), point.known)
-    small = (error <= options.tolerance * scale) & jnp.isfinite(error)
-    good = (view.index < point.prefix) | small
-    prefix = view.start + jnp.sum(jnp.cumprod(good.astype(int)))
-    return prefix, jnp.where(error == 0, 0.0, error / scale)
+    found = fit(view.values, view.states, point.known, options.tolerance)
+    return view.start + leading((view.index < point.prefix) | found.good), found.relative
 
 
 def _merit(view: View) -> Array:

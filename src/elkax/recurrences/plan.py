@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jaxtyping import Array
 
 from elkax.linearize import Dampable, Full, Structure, Zero
 from elkax.recurrences.method import Method
 from elkax.recurrences.prepare import Arguments, declared_structure
-from elkax.recurrences.tangent import Gradient, Implicit, MatrixFree, Unrolled
+from elkax.recurrences.problem import Problem
+from elkax.recurrences.tangent import Course, Gradient, Implicit, MatrixFree, Unrolled
 from elkax.scan import Backend
 from elkax.smoothers.prepare import check_count
 
@@ -33,6 +35,11 @@ class Plan:
     history: bool
     bounded: bool
     sequential_on_failure: bool
+
+    def course(self, problem: Problem, states: Array) -> Course:
+        """Return how linear problems about a trajectory are solved."""
+        window = self.windows[0] * self.block
+        return Course(problem, states, self.structure, window, self.backend)
 
 
 def make_plan(

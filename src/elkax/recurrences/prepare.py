@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from elkax.linearize import BlockDiagonal, Diagonal, Structure
 from elkax.recurrences.method import Method
+from elkax.recurrences.problem import where_rows
 from elkax.smoothers.prepare import check_count, valid_steps
 
 Cell = Callable[[PyTree, PyTree], PyTree]
@@ -185,8 +186,4 @@ def clean(inputs: PyTree, valid: Array | None) -> PyTree:
     if valid is None:
         return inputs
 
-    def fill(leaf: Array) -> Array:
-        keep = valid.reshape((-1,) + (1,) * (leaf.ndim - 1))
-        return jnp.where(keep, leaf, leaf[:1])
-
-    return jax.tree.map(fill, inputs)
+    return jax.tree.map(lambda leaf: where_rows(valid, leaf, leaf[:1]), inputs)

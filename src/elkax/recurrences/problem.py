@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 from elkax.linearize.structure import Step
 
@@ -31,6 +31,49 @@ class Problem(NamedTuple):
     def before(self, states: Array) -> Array:
         """Give the state before every step, (T, D), for states after them."""
         return jnp.concatenate((self.initial[None], states[:-1]))
+
+    def values(self, states: Array) -> Array:
+        """Evaluate every step from the state before it, (T, D)."""
+        return jax.vmap(self.step)(self.before(states), self.inputs)
+
+
+class Fit(NamedTuple):
+    """How well states satisfy a recurrence.
+
+    Attributes:
+        good: (T,) whether the residual is within tolerance.
+        relative: (T,) residual, relative to the largest entry of a state up to that time.
+        scale: (T,) that entry.
+    """
+
+    good: Array
+    relative: Array
+    scale: Array
+
+
+def fit(values: Array, states: Array, known: Array, tolerance: ArrayLike) -> Fit:
+    """Compare states with f at the states before them.
+
+    Args:
+        values: f (T, D).
+        states: (T, D).
+        known: largest entry of a state before the first.
+        tolerance: largest relative residual.
+    """
+    error = sizes(values - states)
+    scale = jnp.maximum(jax.lax.cummax(sizes(values)), known)
+    good = (error <= tolerance * scale) & jnp.isfinite(error)
+    return Fit(good, jnp.where(error == 0, 0.0, error / scale), scale)
+
+
+def leading(flags: Array) -> Array:
+    """Count the flags that hold before the first that does not."""
+    return jnp.sum(jnp.cumprod(flags.astype(int)))
+
+
+def where_rows(keep: Array, x: Array, other: ArrayLike = 0.0) -> Array:
+    """Take entries along the leading axis where `keep` (T,) holds, else those of `other`."""
+    return jnp.where(keep.reshape((-1,) + (1,) * (x.ndim - 1)), x, other)
 
 
 def sizes(x: Array) -> Array:

@@ -1,5 +1,6 @@
 r"""The linear problem of one iteration, in the active part of a window."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ from jaxtyping import Array
 
 from elkax.linearize.structure import Jacobian
 from elkax.recurrences.method import Method
-from elkax.recurrences.problem import shift, shift_back, sizes
+from elkax.recurrences.problem import shift, shift_back, sizes, where_rows
 from elkax.scan import Backend
 
 # A state so many times larger than what the recurrence produces is lost without being evaluated.
@@ -53,7 +54,7 @@ def solve(
     active = (view.index >= prefix) & (view.index < end)
     coupled = active & (view.index > prefix)
     residual = jnp.where(active[:, None], view.values - view.states, 0.0)
-    jacobian = structure.mask(view.jacobian, coupled)
+    jacobian = jax.tree.map(partial(where_rows, coupled), view.jacobian)
     covs = None
     if strength is None:
         change = structure.scan(jacobian, residual, jnp.zeros_like(residual[0]), backend=backend)
@@ -65,9 +66,9 @@ def solve(
     kept = view.index < end
     change = jnp.where(kept[:, None], change, 0.0)
     residual = jnp.where(kept[:, None], residual, 0.0)
-    jacobian = structure.mask(jacobian, kept)
+    jacobian = jax.tree.map(partial(where_rows, kept), jacobian)
     if covs is not None and method.form == "smoother":
-        covs = structure.mask(covs, kept)
+        covs = jax.tree.map(partial(where_rows, kept), covs)
         change = _smooth(method, backend, jacobian, change, covs)
     carried = structure.times(jacobian, shift(change))
     # Without damping this is f where the state before has not changed, to the last digit.

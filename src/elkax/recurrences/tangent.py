@@ -7,13 +7,14 @@ and error bounds rest on these solutions.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from elkax.linearize import Structure
+from elkax.linearize.structure import Jacobian
 from elkax.recurrences.problem import Problem, shift, shift_back
 from elkax.scan import Backend
 from elkax.smoothers.iteration import Progress, Status, Tolerance, iterate
@@ -21,29 +22,42 @@ from elkax.smoothers.iteration import Progress, Status, Tolerance, iterate
 Solve = Callable[[Array], Array]
 
 
+class Course(NamedTuple):
+    """A trajectory of a recurrence, and how linear problems about it are solved.
+
+    Attributes:
+        problem: the recurrence.
+        states: the trajectory (T, D).
+        structure: what holds its Jacobians, or approximates them.
+        window: number of steps whose Jacobians are kept at once.
+        backend: how to run over time.
+    """
+
+    problem: Problem
+    states: Array
+    structure: Structure
+    window: int
+    backend: Backend | None
+
+    def scan(self, jacobian: Jacobian, b: Array, start: Array, *, reverse: bool = False) -> Array:
+        """Solve an affine recurrence in what the structure keeps."""
+        return self.structure.scan(jacobian, b, start, reverse=reverse, backend=self.backend)
+
+    def jacobian(self) -> Jacobian:
+        """Return what the structure keeps of all Jacobians."""
+        before = self.problem.before(self.states)
+        return self.structure.linearize(self.problem.step, before, self.problem.inputs)[1]
+
+
 @runtime_checkable
 class Gradient(Protocol):
     """How derivatives of a solution are found; hashable."""
 
-    def tangent(
-        self,
-        problem: Problem,
-        states: Array,
-        structure: Structure,
-        window: int,
-        backend: Backend | None,
-    ) -> Solve:
-        """Return the solution of the linearized recurrence about `states` as a function of b."""
+    def tangent(self, course: Course) -> Solve:
+        """Return the solution of the linearized recurrence as a function of b."""
         ...
 
-    def adjoint(
-        self,
-        problem: Problem,
-        states: Array,
-        structure: Structure,
-        window: int,
-        backend: Backend | None,
-    ) -> Solve:
+    def adjoint(self, course: Course) -> Solve:
         r"""Return that of the adjoint equation, $g_t = J_{t+1}^\top g_{t+1} + b_t$."""
         ...
 
@@ -60,21 +74,15 @@ def residual_map(problem: Problem, states: Array) -> Solve:
     return apply
 
 
-def solve_linearized(
-    gradient: Gradient,
-    problem: Problem,
-    states: Array,
-    structure: Structure,
-    window: int,
-    backend: Backend | None,
-) -> Solve:
+def solve_linearized(gradient: Gradient, course: Course) -> Solve:
     """Return the solution of the linearized recurrence, differentiable to every order."""
+    problem, states = course.problem, course.states
     fixed = jax.lax.stop_gradient((problem.initial, problem.inputs, states))
 
     def find(_: Solve, b: Array, which: str) -> Array:
         initial, inputs, at = fixed
-        still = Problem(problem.step, initial, inputs)
-        return getattr(gradient, which)(still, at, structure, window, backend)(b)
+        still = course._replace(problem=Problem(problem.step, initial, inputs), states=at)
+        return getattr(gradient, which)(still)(b)
 
     return partial(
         jax.lax.custom_linear_solve,
@@ -91,48 +99,32 @@ class Implicit:
     One affine scan; memory O(W D^2) for windows of W steps, O(T D^2) without.
     """
 
-    def tangent(
-        self,
-        problem: Problem,
-        states: Array,
-        structure: Structure,
-        window: int,
-        backend: Backend | None,
-    ) -> Solve:
+    def tangent(self, course: Course) -> Solve:
         """Solve by an affine scan; see `Gradient`."""
 
         def part(before: Array, inputs: PyTree, b: Array, carry: Array) -> tuple[Array, Array]:
-            _, jacobian = structure.linearize(problem.step, before, inputs)
-            e = structure.scan(jacobian, b, carry, backend=backend)
+            _, jacobian = course.structure.linearize(course.problem.step, before, inputs)
+            e = course.scan(jacobian, b, carry)
             return e[-1], e
 
-        return lambda b: _by_windows(problem, states, window, part, b, reverse=False)
+        return lambda b: _by_windows(course, part, b, reverse=False)
 
-    def adjoint(
-        self,
-        problem: Problem,
-        states: Array,
-        structure: Structure,
-        window: int,
-        backend: Backend | None,
-    ) -> Solve:
+    def adjoint(self, course: Course) -> Solve:
         r"""Solve for $u_t = J_t^\top(b_t + u_{t+1})$; $g_t = b_t + u_{t+1}$."""
 
         def part(before: Array, inputs: PyTree, b: Array, carry: Array) -> tuple[Array, Array]:
-            _, jacobian = structure.linearize(problem.step, before, inputs)
-            back = structure.transpose(jacobian)
-            u = structure.scan(back, structure.times(back, b), carry, reverse=True, backend=backend)
+            _, jacobian = course.structure.linearize(course.problem.step, before, inputs)
+            back = course.structure.transpose(jacobian)
+            u = course.scan(back, course.structure.times(back, b), carry, reverse=True)
             return u[0], b + jnp.concatenate((u[1:], carry[None]))
 
-        return lambda b: _by_windows(problem, states, window, part, b, reverse=True)
+        return lambda b: _by_windows(course, part, b, reverse=True)
 
 
-def _by_windows(
-    problem: Problem, states: Array, window: int, part: Callable, b: Array, *, reverse: bool
-) -> Array:
+def _by_windows(course: Course, part: Callable, b: Array, *, reverse: bool) -> Array:
     """Solve window by window, each from the end of the one before."""
-    length = len(b)
-    before, inputs = problem.before(states), problem.inputs
+    length, window = len(b), course.window
+    before, inputs = course.problem.before(course.states), course.problem.inputs
     zero = jnp.zeros_like(b[0])
     if window >= length:
         return part(before, inputs, b, zero)[1]
@@ -172,38 +164,22 @@ class MatrixFree:
     tolerance: float | None = None
     max_iters: int = 1000
 
-    def tangent(
-        self,
-        problem: Problem,
-        states: Array,
-        structure: Structure,
-        window: int,
-        backend: Backend | None,
-    ) -> Solve:
+    def tangent(self, course: Course) -> Solve:
         """Iterate on the linearized recurrence; see `Gradient`."""
-        _, jacobian = structure.linearize(problem.step, problem.before(states), problem.inputs)
+        jacobian = course.jacobian()
 
         def correct(b: Array) -> Array:
-            return structure.scan(jacobian, b, jnp.zeros_like(b[0]), backend=backend)
+            return course.scan(jacobian, b, jnp.zeros_like(b[0]))
 
-        return partial(self._iterate, residual_map(problem, states), correct)
+        return partial(self._iterate, residual_map(course.problem, course.states), correct)
 
-    def adjoint(
-        self,
-        problem: Problem,
-        states: Array,
-        structure: Structure,
-        window: int,
-        backend: Backend | None,
-    ) -> Solve:
+    def adjoint(self, course: Course) -> Solve:
         """Iterate on the adjoint equation; see `Gradient`."""
-        _, jacobian = structure.linearize(problem.step, problem.before(states), problem.inputs)
-        later = structure.transpose(jax.tree.map(shift_back, jacobian))
-        forward = residual_map(problem, states)
+        later = course.structure.transpose(jax.tree.map(shift_back, course.jacobian()))
+        forward = residual_map(course.problem, course.states)
 
         def correct(b: Array) -> Array:
-            zero = jnp.zeros_like(b[0])
-            return structure.scan(later, b, zero, reverse=True, backend=backend)
+            return course.scan(later, b, jnp.zeros_like(b[0]), reverse=True)
 
         def backward(g: Array) -> Array:
             return jax.linear_transpose(forward, g)(g)[0]
