@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree, Shaped
 
@@ -51,10 +52,9 @@ def materialize(tree: PyTree, *ranks: int) -> PyTree:
 
     XLA fuses a chain of small written-out products into one loop on CPU and then computes every
     intermediate anew for each element that needs it: two products in a row cost D times what they
-    should. It never fuses across a conditional, and does not look through an optimization barrier
-    while it still simplifies conditionals, so a condition behind one is not found to be constant.
-    Elsewhere, for one by one matrices, and without lanes where nothing is written out by `inner`,
-    this does nothing.
+    should. It never fuses across the call of a function that it was told not to inline. Elsewhere,
+    for one by one matrices, and without lanes where nothing is written out by `inner`, this does
+    nothing.
 
     Args:
         tree: arrays.
@@ -68,12 +68,13 @@ def materialize(tree: PyTree, *ranks: int) -> PyTree:
     scalar = set(first.shape[: ranks[0]]) == {1}
     if alone and not written or scalar or first.size == 0 or jax.default_backend() != "cpu":
         return tree
-    return jax.lax.cond(
-        jax.lax.optimization_barrier(jnp.asarray(True)),
-        lambda value: value,
-        lambda value: jax.tree.map(jnp.zeros_like, value),
-        tree,
-    )
+    with set_xla_metadata(inlineable="false"):
+        return _unchanged(tree)
+
+
+@jax.jit
+def _unchanged(tree: PyTree) -> PyTree:
+    return tree
 
 
 def _contract(terms: Callable[[int], Array], count: int) -> Array:
