@@ -10,12 +10,12 @@ from jaxtyping import Array
 from elkax.gaussian.costates import before, continues, filter_model, find_costates, next_weights
 from elkax.gaussian.covariance import Covariance
 from elkax.gaussian.decorrelation import uncorrelate
-from elkax.gaussian.kalman import FilterOutput, KalmanFilter, log_density
-from elkax.gaussian.model import Model, constant_part, merge, over_time
+from elkax.gaussian.kalman import FilterOutput, KalmanFilter, fold_rows, log_density
+from elkax.gaussian.model import RANKS, Model, constant_part, merge, over_time
 from elkax.gaussian.sharing import share_mask
-from elkax.scan import Backend
+from elkax.scan import Backend, lanes
 from elkax.scan.choice import steps_fill_machine
-from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes, transpose
+from elkax.scan.lanes import dot, from_lanes, matmul, matvec, to_lanes, transpose
 from elkax.scan.layout import in_blocks
 
 
@@ -58,13 +58,11 @@ def filter_moments(model: Model, form: Any, backend: Backend | None) -> FilterOu
 def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
     r"""Sum the innovation log-densities, with the score as derivative.
 
-    The score needs one filter, one backward pass for the costates $(q_t, \Lambda_t)$, and the
-    derivative of each step by itself, for all t at once:
-    $\partial\ell/\partial\theta = \sum_t \partial(m_{t|t}, P_{t|t}, \ell_t)/\partial\theta \cdot
-    (F^\top q_{t+1}, \tfrac12 F^\top(q_{t+1}q_{t+1}^\top - \Lambda_{t+1})F, 1)$. No factorisation
-    is differentiated, so it is finite at Q = 0 and P0 = 0; it can be differentiated again. Where
-    single steps keep the machine busy, the filter in covariance form is differentiated step by step
-    instead, which is the same recursion in one pass.
+    The score needs one filter, one backward pass for the costates $(q_t, \Lambda_t)$, and products
+    of both, for all t at once; see `_score`. No factorisation is differentiated, so it is finite at
+    Q = 0 and P0 = 0; it can be differentiated again. Where single steps keep the machine busy, the
+    filter in covariance form is differentiated step by step instead, which is the same recursion in
+    one pass.
 
     Args:
         model: covariances themselves.
@@ -109,49 +107,100 @@ def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
 
 
 def _score(model: Model, filtered: FilterOutput, backend: Backend | None) -> Model:
-    """Differentiate the log-likelihood; None for fields that are not real numbers."""
+    r"""Differentiate the log-likelihood; None for fields that are not real numbers.
+
+    With the costates $q_t, \Lambda_t$ and the smoothed means $\hat z_t$,
+    $\partial\ell/\partial c_t = q_t$, $\partial\ell/\partial Q_t = (q_tq_t^\top - \Lambda_t)/2$ and
+    $\partial\ell/\partial F_t = q_t\hat z_{t-1}^\top - \Lambda_tF_tP_{t-1|t-1}$. Entry by entry,
+    from the last to the first, with P before the entry, its gain k, innovation v of variance s,
+    and the costates q, $\Lambda$ after it: $u = v/s - k^\top q$, $d = 1/s + k^\top\Lambda k$,
+    $\partial\ell/\partial y = -u$, $\partial\ell/\partial r = (u^2 - d)/2$,
+    $\partial\ell/\partial h = u\hat z_t - P(dh - \Lambda k)$; before the entry the costates are
+    $q + uh$ and $(I - kh^\top)^\top\Lambda(I - kh^\top) + hh^\top/s$.
+
+    What depends on covariances alone is kept apart until it has been summed over time: series that
+    differ in their data alone have it in common.
+    """
     costates = find_costates(model, filtered, backend)
-    fixed = constant_part(model)
+    fixed, varying = constant_part(model), over_time(lambda field, rank: field, model)
 
-    def pull(fixed: Model, x: tuple) -> tuple[list[Array], list[Array]]:
-        own, state, following, goes_on, q, matrix = x
-        constants, restore = _real_fields(fixed)
-        varying, restore_varying = _real_fields(own)
-
-        def one_step(constants: list[Array], varying: list[Array]) -> tuple[Array, Array, Array]:
-            kalman = KalmanFilter(restore(constants), Covariance())
-            _, output = kalman.step(state, restore_varying(varying))
-            return output.mean, output.cov, log_density(output, axis=0)
-
+    def derivatives(fixed: Model, x: tuple) -> tuple[dict, dict]:
+        own, state, now, following, goes_on, (q, matrix), later = x
+        own = merge(fixed, own)
+        earlier, earlier_low, earlier_cov = state
+        mean, low, cov, residual, variance = now
         back = transpose(fixed.weights if following is None else following)
-        curvature = matmul(matmul(back, 0.5 * (q[:, None] * q[None] - matrix)), transpose(back))
-        costate = (matvec(back, q), curvature)
+        after = (matvec(back, later[0]), matmul(matmul(back, later[1]), transpose(back)))
         if goes_on is not None:
-            costate = jax.tree.map(lambda leaf: jnp.where(goes_on, leaf, 0.0), costate)
-        values, transposed = jax.vjp(one_step, constants, varying)
-        totals, outputs = transposed((*costate, jnp.ones_like(values[-1])))
-        return outputs, totals
+            after = jax.tree.map(lambda leaf: jnp.where(goes_on, leaf, 0.0), after)
+        smoothed = lanes.add(mean, lanes.add(low, matvec(cov, after[0])))
+        drawn = matvec(earlier_cov, matvec(transpose(own.weights), q))
+        smoothed_earlier = lanes.add(earlier, lanes.add(earlier_low, drawn))
+        _, _, predicted = KalmanFilter(fixed, Covariance()).predict(own, state)
+        entries = (own.rows, residual, variance, own.observed)
+        u, d, covariate = _entries(predicted, after, entries)
+        square, half = 0.5 * q[:, None] * q[None], 0.5 * matrix
+        start, step = own.first, 1.0 - own.first
+        # Field: its derivative, and what is to be subtracted from it.
+        parts = {
+            "initial_mean": (start * q, None),
+            "initial_cov": (start * square, start * half),
+            "weights": (
+                lanes.outer(q, smoothed_earlier),
+                matmul(matrix, matmul(own.weights, earlier_cov)),
+            ),
+            "offset": (step * q, None),
+            "noise": (step * square, step * half),
+            "rows": (lanes.outer(u, smoothed), covariate),
+            "variances": (0.5 * u * u, 0.5 * d),
+            "values": (-u, None),
+        }
+        outputs = {
+            name: part if rest is None else jnp.subtract(*lanes.align(part, rank, rest, rank))
+            for name, rank, (part, rest) in zip(parts, RANKS, parts.values(), strict=False)
+            if getattr(varying, name) is not None
+        }
+        return outputs, {name: parts[name] for name in parts if name not in outputs}
 
     def shifted(leaf: Array) -> Array:
         return jnp.concatenate((leaf[1:], jnp.zeros_like(leaf[:1])))
 
-    varying = over_time(lambda field, rank: field, model)
+    now = (filtered.mean, filtered.low, filtered.cov, filtered.residual, filtered.variance)
     later = jax.tree.map(shifted, costates)
-    xs = (varying, before(filtered), next_weights(model), continues(model), *later)
-    outputs, totals = in_blocks(pull, fixed, xs, filtered.mean.shape[-1])
-    _, restore = _real_fields(fixed)
-    _, restore_varying = _real_fields(varying)
-    nothing = Model(*([None] * len(model)))
-    return merge(restore(totals, nothing), restore_varying(outputs, nothing))
+    xs = (varying, before(filtered), now, next_weights(model), continues(model), costates, later)
+    outputs, totals = in_blocks(derivatives, fixed, xs, filtered.mean.shape[-1])
+    sums = {name: a if b is None else a - b for name, (a, b) in totals.items()}
+    return Model(*[None] * len(model))._replace(**outputs, **sums)
 
 
-def _real_fields(model: Model) -> tuple[list[Array], Callable[..., Model]]:
-    """Take out the fields of real numbers, and give what puts others in their place."""
-    real = [f is not None and jnp.issubdtype(f.dtype, jnp.floating) for f in model]
+def _entries(
+    predicted: Array, after: tuple[Array, Array], entries: tuple
+) -> tuple[Array, Array, Array]:
+    r"""Compute u, d and $P(dh - \Lambda k)$ of every entry; see `_score`."""
+    rows, residual, variance, observed = entries
+    precision = jnp.where(observed, 1.0 / jnp.where(observed, variance, 1.0), 0.0)
 
-    def restore(fields: list[Array], rest: Model = model) -> Model:
-        given = iter(fields)
-        return Model(*(next(given) if r else f for r, f in zip(real, rest, strict=True)))
+    def forward(cov: Array, entry: tuple) -> tuple[Array, tuple[Array, Array]]:
+        h, weight = entry
+        projection = matvec(cov, h)
+        gain = lanes.scale(projection, weight)
+        less = lanes.outer(gain, projection)
+        return jnp.subtract(*lanes.align(cov, 2, less, 2)), (gain, cov)
 
-    fields: list[Any] = [f for f, r in zip(model, real, strict=True) if r]
-    return fields, restore
+    def backward(carry: tuple, entry: tuple) -> tuple[tuple, tuple[Array, Array, Array]]:
+        q, matrix = carry
+        h, v, weight, gain, cov = entry
+        along = lanes.materialize(matvec(matrix, gain), 1)
+        v, weight = lanes.align(v, 0, weight, 0)
+        u = v * weight - dot(gain, q)
+        d = weight + dot(gain, along)
+        rest = lanes.scale(h, d) - along
+        moved = lanes.outer(h, rest) - lanes.outer(along, h)
+        carry = lanes.add(q, lanes.scale(h, u)), matrix + moved
+        return carry, (u, d, matvec(cov, rest))
+
+    _, (gains, covs) = fold_rows(forward, predicted, (rows, precision))
+    found = (rows, residual, precision, gains, covs)
+    turned = jax.tree.map(lambda leaf: leaf[::-1], found)
+    _, outputs = fold_rows(backward, after, turned)
+    return jax.tree.map(lambda leaf: leaf[::-1], outputs)

@@ -46,9 +46,9 @@ def in_blocks(
 
     Args:
         function: maps `fixed` and inputs with time in the last axis to `(outputs, totals)`: outputs
-            with time in the last axis, and totals without it, already summed over the time steps
-            given. It closes over no array; padding is zero (False), and must add nothing to the
-            totals. Where `fills_lanes` is false it is given single steps, without that axis.
+            with time in the last axis, and totals likewise, to be summed over time. It closes over
+            no array; padding is zero (False), and must add nothing to the totals. Where
+            `fills_lanes` is false it is given single steps, without that axis.
         fixed: what is the same at all times.
         xs: leaves with leading axis T.
         size: dimension D of the matrices that the function works on; see `fills_lanes`.
@@ -77,13 +77,6 @@ def in_blocks(
         def rule(count: int, flags: Sequence[bool], leaves: Leaves) -> tuple[PyTree, PyTree]:
             expected = jax.eval_shape(single, one_series(flags, leaves))
             leaves = series_last(flags, leaves)
-            # A total over all series is none for each of them.
-            if jax.tree.leaves(expected[1]):
-                leaves = [
-                    leaf if flag else jnp.broadcast_to(leaf[..., None], (*leaf.shape, count))
-                    for flag, leaf in zip(flags, leaves, strict=True)
-                ]
-                flags = [True] * len(flags)
             if chunked:
                 # Series before time: an axis of length one where something has only the other.
                 leaves = [
@@ -92,8 +85,6 @@ def in_blocks(
                 ]
             fixed, xs = tree.unflatten(leaves)
             outputs, totals = over_time(fixed, xs, count)
-            if chunked:
-                totals = jax.tree.map(lambda leaf: leaf[..., 0], totals)
             return series_first((outputs, totals), expected)
 
         return rule
@@ -112,6 +103,11 @@ def _map_chunks(
     steps = -(-length // blocks)
     padding = steps * blocks - length
     rows = jax.tree.map(lambda x: to_blocks(x, steps, blocks, padding), xs)
-    outputs, totals = jax.lax.map(lambda row: function(materialize(row, 0)), rows)
+
+    def chunk(row: PyTree) -> tuple[PyTree, PyTree]:
+        outputs, totals = function(materialize(row, 0))
+        return outputs, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=-1), totals)
+
+    outputs, totals = jax.lax.map(chunk, rows)
     outputs = jax.tree.map(lambda leaf: from_blocks(leaf, length, padding), outputs)
     return outputs, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), totals)
