@@ -11,6 +11,7 @@ from elkax.gaussian.factor import (
     psd_cholesky,
     solve_lower,
     tria,
+    tria_change,
     unit_ldl,
 )
 from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes
@@ -59,6 +60,35 @@ def test_tria(size):
     )
     np.testing.assert_allclose(tria(jnp.asarray(a[0])), lower[0], atol=1e-12)
     assert np.all(tria(jnp.zeros((2, 4))) == 0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0])
+def test_change_of_a_triangular_factor(size, scale):
+    base, a = batch(size, size), scale * batch(size, 2 * size + 1, seed=1)
+    whole = a + np.concatenate((np.tril(base), np.zeros((5, size, size + 1))), -1)
+    # From a lower base, and from one that is not quite.
+    for b in (np.tril(base), np.tril(base) + 1e-3 * base):
+        m = whole.copy()
+        m[..., :size] += b - np.tril(base)
+        lower = b + over_lanes(tria_change, b, a)
+        assert np.all(np.abs(np.triu(lower, 1)) < 1e-15)
+        assert np.all(np.diagonal(lower, axis1=1, axis2=2) >= -1e-12)
+        expected = m @ np.swapaxes(m, 1, 2)
+        np.testing.assert_allclose(lower @ np.swapaxes(lower, 1, 2), expected, atol=1e-11)
+    shared = over_lanes(lambda a: tria_change(jnp.asarray(np.tril(base[0])), a), a)
+    np.testing.assert_allclose(
+        shared[0], over_lanes(tria_change, np.tril(base), a)[0], rtol=1e-9, atol=1e-13
+    )
+
+
+def test_a_small_change_of_a_factor_has_its_own_digits():
+    base = (np.tril(np.ones((3, 3))) + 2 * np.eye(3)).astype(np.float32)
+    a = (1e-4 * batch(3, 6)[0]).astype(np.float32)
+    m = np.concatenate((base, np.zeros((3, 3))), 1) + a.astype(float)
+    expected = np.linalg.cholesky(m @ m.T) - base
+    got = tria_change(jnp.asarray(base), jnp.asarray(a))
+    assert np.max(np.abs(got - expected)) < 3e-7 * np.max(np.abs(expected))
 
 
 def test_tria_of_tiny_numbers_does_not_underflow():

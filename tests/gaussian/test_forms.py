@@ -67,6 +67,54 @@ def test_update_with_one_scalar(form, size, variance):
     np.testing.assert_allclose(form.decode(same), p, rtol=1e-13, atol=1e-13)
 
 
+def test_square_root_form_keeps_what_rounding_leaves_out():
+    """A thousand steps, none of which changes a factor by half a unit in its last place."""
+    form, row, r = SquareRoot(), jnp.ones(1, jnp.float32), jnp.float32(4e8)
+    noise, q = form.encode(jnp.full((1, 1), 1e-8, jnp.float32)), float(np.float32(1e-4) ** 2)
+
+    def step(stored, _):
+        stored = form.predict(jnp.ones((1, 1), jnp.float32), stored, noise)
+        projection, s = form.project(stored, row, r)
+        return form.update(stored, projection, r, s, jnp.asarray(True))[1], None
+
+    start = form.exact(form.encode(jnp.ones((1, 1), jnp.float32)))
+    stored = jax.lax.scan(step, start, None, length=1000)[0]
+    expected = 1.0
+    for _ in range(1000):
+        expected = 1 / (1 / (expected + q) + 1 / 4e8)
+    change = np.sum(np.asarray(stored, np.float64)) ** 2 - 1
+    np.testing.assert_allclose(change, expected - 1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [2, 9])
+def test_square_root_form_in_float32(size):
+    """Each operation on a factor with what rounding left out of it; a gain keeps 1 - G."""
+    form, rng = SquareRoot(), np.random.default_rng(3)
+
+    def short(x):
+        return jnp.asarray(x, jnp.float32)
+
+    def both(stored):
+        stored = np.asarray(stored, float)
+        return stored[:, :size] + stored[:, size:]
+
+    weights = short(np.eye(size) + 1e-3 * rng.normal(size=(size, size)))
+    factor = short(np.linalg.cholesky(np.eye(size) + 0.1 * semidefinite(size, size, 0)))
+    noise, zs = short(1e-2 * np.tril(rng.normal(size=(size, size)))), short(0.01 * np.eye(size))
+    p, q, j = (np.asarray(m, float) @ np.asarray(m, float).T for m in (factor, noise, zs))
+    f, carried = np.asarray(weights, float), form.exact(factor)
+    predicted = np.asarray(f @ p @ f.T + q)
+    got = both(form.predict(weights, carried, noise))
+    np.testing.assert_allclose(got - factor, np.linalg.cholesky(predicted) - factor, atol=3e-9)
+    gain, rest, _ = form.reverse(weights, factor, noise)
+    exact = p @ f.T @ np.linalg.inv(predicted)
+    np.testing.assert_allclose(both(gain), exact, atol=3e-8 * (size == 2) + 3e-8)
+    np.testing.assert_allclose(form.decode(rest), p - exact @ f @ p, atol=1e-6)
+    conditional = both(form.condition(carried, zs))
+    expected = np.linalg.solve(np.eye(size) + p @ j, p)
+    np.testing.assert_allclose(conditional @ conditional.T, expected, atol=1e-9 * size)
+
+
 def test_square_root_update_keeps_the_digits_that_covariances_lose():
     # One float32 state seen with a precision of 1e-5 standard deviations: 1e-10 is left of 1.
     p, row, r = jnp.ones((1, 1), jnp.float32), jnp.ones(1, jnp.float32), jnp.float32(1e-10)

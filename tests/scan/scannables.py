@@ -106,6 +106,23 @@ CASES = {
 }
 
 
+def in_float32(case):
+    """The same in float32, with a state that carries what rounding leaves out of its factor."""
+    *means, cov = case.state
+    state = (*means, case.scannable.form.exact(cov.astype(jnp.float32)))
+    cast = Case(case.scannable, state, case.xs)
+    return jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf, cast
+    )
+
+
+SHORT_CASES = {
+    f"float32 {name}": lambda length, name=name: in_float32(CASES[name](length))
+    for name in CASES
+    if name.endswith("square root")
+}
+
+
 def decoded(case, tree):
     """Replace factors by what they stand for: they are unique only up to rounding-level signs."""
     form = getattr(case.scannable, "form", None)
@@ -113,6 +130,9 @@ def decoded(case, tree):
         return tree
 
     def decode(leaf):
-        return leaf @ jnp.swapaxes(leaf, -1, -2) if leaf.shape[-2:] == (3, 3) else leaf
+        if leaf.shape[-2:] not in ((3, 3), (3, 6)):
+            return leaf
+        factor = leaf[..., :3]
+        return factor @ jnp.swapaxes(factor, -1, -2)
 
     return jax.tree.map(decode, tree)

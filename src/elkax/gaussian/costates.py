@@ -52,7 +52,7 @@ def filter_model(model: Model, form: Any, backend: Backend | None) -> FilterOutp
     stored = encode_model(model, form)
     size = model.initial_mean.shape[0]
     zero = jnp.zeros_like(model.initial_mean)
-    start = (zero, zero, jnp.zeros_like(model.initial_cov))
+    start = (zero, zero, form.exact(jnp.zeros_like(model.initial_cov)))
     kalman = KalmanFilter(constant_part(stored), form)
     xs = over_time(lambda field, rank: field, stored)
     return run(kalman, start, xs, backend=backend, state_dim=size)[1]

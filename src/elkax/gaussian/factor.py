@@ -119,6 +119,54 @@ def tria(a: Float[Array, "n m *lanes"]) -> Float[Array, "n n *lanes"]:
     return jnp.where(lower, reflected, 0.0)
 
 
+def tria_change(
+    base: Float[Array, "n n *lanes_b"], a: Float[Array, "n m *lanes"]
+) -> Float[Array, "n n *lanes"]:
+    r"""Compute $L - B$ for the lower $L$ with $LL^\top = MM^\top$, $M = [B, 0] + A$.
+
+    Where A is small and B about lower, the difference is found in its own digits: row i, $(p, r)$
+    from the diagonal on, of norm N, is turned onto its diagonal by the least rotation that does
+    it, which changes column i by $(t - x(N - p))/N$ and the later ones by
+    $-(x + t/(N + p))r^\top/N$ with $t = Mr$ and $x$ column i. A reflection changes signs.
+
+    Args:
+        base: $B$, perhaps without lanes.
+        a: $A$, with m >= n columns.
+
+    Returns:
+        $L - B$; L has a non-negative diagonal and is singular if $M$ has dependent rows.
+    """
+    size, columns = a.shape[:2]
+    index = jnp.arange(columns).reshape((columns,) + (1,) * (a.ndim - 2))
+    base = jnp.zeros_like(a).at[:, :size].set(lanes.align(base, 2, a, 2)[0])
+
+    def rotate(i: Index, change: Array) -> Array:
+        whole = base + change
+        row = jnp.where(index >= i, whole[i], 0.0)
+        # Scaled before squaring, so that tiny rows do not underflow.
+        largest = jnp.max(jnp.abs(row), axis=0)
+        tiny = jnp.finfo(a.dtype).tiny
+        row = row * (1.0 / jnp.where(largest >= tiny, largest, 1.0))
+        rest, pivot = row * (1.0 - _unit(columns, i, row.ndim, a.dtype)), row[i]
+        square = jnp.sum(rest * rest, axis=0)
+        norm = jnp.sqrt(pivot * pivot + square)
+        # The difference of norm and |pivot| without a difference.
+        far = norm + jnp.abs(pivot)
+        close = square / jnp.where(far > 0, far, 1.0)
+        ahead = pivot >= 0
+        short, long = jnp.where(ahead, close, far), jnp.where(ahead, far, close)
+        inverse, scale = 1.0 / jnp.where(norm > 0, norm, 1.0), 1.0 / jnp.where(long > 0, long, 1.0)
+        rest, short, inverse, scale = materialize((rest, short, inverse, scale), 1)
+        column, along = whole[:, i], matvec(whole, rest)
+        lost, gained = (column + along * scale) * inverse, (along - column * short) * inverse
+        lost, gained = materialize((lost, gained), 1)
+        return (change - outer(lost, rest)).at[:, i].add(gained)
+
+    found = _loop(size, rotate, a)[:, :size]
+    lower = jnp.tril(jnp.ones((size, size), bool)).reshape((size, size) + (1,) * (a.ndim - 2))
+    return jnp.where(lower, found, -base[:, :size])
+
+
 def solve_lower(
     factor: Float[Array, "n n *lanes"],
     b: Float[Array, "n m *lanes_b"],

@@ -13,6 +13,10 @@ class Form(Protocol):
         """Store a covariance."""
         ...
 
+    def exact(self, matrix: Array) -> Array:
+        """Let a stored covariance, or a gain, carry what later roundings leave out of it."""
+        ...
+
     def decode(self, stored: Array) -> Array:
         """Return the covariance."""
         ...

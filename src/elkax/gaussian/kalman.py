@@ -24,7 +24,7 @@ from elkax.scan.lanes import (
     two_sum,
 )
 
-# Mean, what rounding left out of it, covariance stored in the form in use.
+# Mean, what rounding left out of it, covariance stored in the form in use, perhaps `exact`.
 State = tuple[Array, Array, Array]
 
 
@@ -76,7 +76,7 @@ class Summary(NamedTuple):
     whose origin $o$ is zero.
 
     Attributes:
-        a: $A$ (D, D).
+        a: $A$ (D, D), perhaps with what rounding left out of it, see `Form.exact`.
         b: $b$ (D,).
         c: $C$ (D, D), stored in the form in use.
         eta: $\eta$ (D,).
@@ -147,7 +147,8 @@ class KalmanFilter:
                 cov=jnp.where(model.valid, cov, state[2]),
                 correction=jnp.where(model.valid, output.correction, 0.0),
             )
-        return (output.mean, output.low, output.cov), output
+        cov, _ = lanes.halves(output.cov)
+        return (output.mean, output.low, output.cov), output._replace(cov=cov)
 
     def identity(self, lane_shape: tuple[int, ...], dtype: DTypeLike) -> Summary:
         """Summarise no step: the state stays and nothing is observed."""
@@ -156,7 +157,8 @@ class KalmanFilter:
         vector = jnp.zeros((size, *lane_shape), dtype)
         eye = lanes.identity(size, lane_shape, dtype)
         sound = jnp.ones(lane_shape, bool)
-        return Summary(eye, vector, matrix, vector, matrix, sound, vector, matrix, vector)
+        eye, cov = self.form.exact(eye), self.form.exact(matrix)
+        return Summary(eye, vector, cov, vector, matrix, sound, vector, matrix, vector)
 
     def absorb(self, summary: Summary, x: Model) -> Summary:
         """Lengthen a block by one step."""
@@ -180,14 +182,14 @@ class KalmanFilter:
             h, variance, value, used, floor = entry
             projection, s = self.form.project(c, h, variance)
             residual = value - dot(h, mean) - dot(h, shift)
-            through = matvec(transpose(a), h)
+            through = matvec(transpose(lanes.halves(a)[0]), h)
             projection, s, residual, through = materialize((projection, s, residual, through), 1)
             singular, active, s = self._judge(s, floor, used)
             gain, c = self.form.update(c, projection, variance, s, active)
             root = active * jax.lax.rsqrt(s)
             column, scaled = through * root, residual * root
             carry = (
-                a - outer(gain, through),
+                lanes.subtract(a, outer(gain, through)),
                 shift + lanes.scale(gain, residual),
                 c,
                 eta + lanes.scale(column, scaled),
@@ -212,19 +214,21 @@ class KalmanFilter:
         """
         a1, b1, c1, eta1, j1, _, low1, *_ = left
         a2, b2, c2, eta2, j2, _, low2, _, origin2 = right
-        form = self.form
+        form, rounded1, rounded2 = self.form, lanes.halves(a1)[0], lanes.halves(a2)[0]
         x, y = form.condition(c1, j2), form.condition(j2, c1)
         deviation = (b1 - origin2) + low1
         surprise = eta2 - form.times(j2, deviation)
         moved = form.times(x, surprise)
-        b, low = two_sum(b2, matvec(a2, deviation + moved) + low2)
+        b, low = two_sum(b2, matvec(rounded2, deviation + moved) + low2)
         x_full, j2_full = form.decode(x), form.decode(j2)
+        between = lanes.subtract(a1, matmul(x_full, matmul(j2_full, rounded1)))
+        carried = a1 is not rounded1
         return Summary(
-            matmul(a2, a1 - matmul(x_full, matmul(j2_full, a1))),
+            materialize(lanes.advance(a2, between)) if carried else matmul(a2, between),
             b,
             form.predict(a2, x, c2),
-            eta1 + matvec(transpose(a1), surprise - form.times(j2, moved)),
-            form.predict(transpose(a1), y, j1),
+            eta1 + matvec(transpose(rounded1), surprise - form.times(j2, moved)),
+            form.predict(transpose(rounded1), y, j1),
             left.sound & right.sound,
             low,
             jnp.zeros_like(j1),
@@ -239,7 +243,7 @@ class KalmanFilter:
         x = form.condition(cov, j)
         deviation = (mean - origin) + low
         moved = form.times(x, eta - form.times(j, deviation))
-        mean, low = two_sum(b, matvec(a, deviation + moved) + low_b)
+        mean, low = two_sum(b, matvec(lanes.halves(a)[0], deviation + moved) + low_b)
         return mean, low, form.predict(a, x, c)
 
     def locate(self, summary: Summary) -> Array:
@@ -263,7 +267,7 @@ class KalmanFilter:
         """
         origin = jax.lax.stop_gradient(origin)
         move = origin - summary.origin
-        b, low = two_sum(summary.b, matvec(summary.a, move) + summary.low)
+        b, low = two_sum(summary.b, matvec(lanes.halves(summary.a)[0], move) + summary.low)
         eta = summary.eta - self.form.times(summary.j, move)
         return summary._replace(b=b, low=low, eta=eta, origin=origin)
 

@@ -17,7 +17,7 @@ class Transition(NamedTuple):
     r"""An affine-Gaussian map $z \mapsto N(Mz + g, U)$, of one step or of a block.
 
     Attributes:
-        weights: $M$ (D, D).
+        weights: $M$ (D, D), perhaps with what rounding left out of it, see `Form.exact`.
         offset: $g$ (D,).
         cov: $U$ (D, D), stored in the form in use.
     """
@@ -47,21 +47,22 @@ class GaussMarkov:
     def apply(self, summary: Transition, state: tuple[Array, Array]) -> tuple[Array, Array]:
         """Jump over a block, or a step."""
         mean, cov = state
-        moved = add(matvec(summary.weights, mean), summary.offset)
+        moved = add(matvec(lanes.halves(summary.weights)[0], mean), summary.offset)
         return moved, self.form.predict(summary.weights, cov, summary.cov)
 
     def step(
         self, state: tuple[Array, Array], x: Transition
     ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         """Advance one step; the output is the new mean and covariance."""
-        new = self.apply(x, state)
-        return new, new
+        mean, cov = self.apply(x, state)
+        return (mean, cov), (mean, lanes.halves(cov)[0])
 
     def identity(self, lane_shape: tuple[int, ...], dtype: DTypeLike) -> Transition:
         """Return $M = I$, $g = 0$, $U = 0$."""
         zero = jnp.zeros((self.size, *lane_shape), dtype)
         matrix = jnp.zeros((self.size, self.size, *lane_shape), dtype)
-        return Transition(lanes.identity(self.size, lane_shape, dtype), zero, matrix)
+        eye = lanes.identity(self.size, lane_shape, dtype)
+        return Transition(self.form.exact(eye), zero, self.form.exact(matrix))
 
     def combine(self, left: Transition, right: Transition) -> Transition:
         r"""Join two blocks: $(M_2M_1, M_2g_1 + g_2, M_2U_1M_2^\top + U_2)$."""

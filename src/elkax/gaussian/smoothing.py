@@ -85,10 +85,10 @@ def _turn_around(fixed: Model, x: tuple, form: Any) -> tuple[Transition, Array]:
     after, cov, correction = x
     after = merge(fixed, after)
     gain, noise, regular = form.reverse(after.weights, cov, after.noise)
-    shift = matvec(gain, correction)
+    shift = matvec(lanes.halves(gain)[0], correction)
     if after.valid is not None:
         eye = lanes.identity(gain.shape[0], gain.shape[2:], gain.dtype)
-        gain = jnp.where(after.valid, gain, eye)
+        gain = jnp.where(after.valid, gain, form.exact(eye))
         shift = jnp.where(after.valid, shift, 0.0)
         noise = jnp.where(after.valid, noise, 0.0)
         regular = regular | ~after.valid
@@ -121,6 +121,7 @@ class RauchTungStriebel(GaussMarkov):
         after, cov, correction = x
         after = merge(self.fixed, after)
         gain, back, regular = self.form.smooth(after.weights, cov, after.noise, stored)
+        gain, _ = lanes.halves(gain)
         lagged = lanes.inner(transpose(gain), self.form.decode(stored))
         moved = matvec(gain, lanes.add(mean, correction))
         if after.valid is not None:
@@ -129,7 +130,7 @@ class RauchTungStriebel(GaussMarkov):
             back = jnp.where(after.valid, back, stored)
             lagged = jnp.where(after.valid, lagged, self.form.decode(stored))
             regular = regular | ~after.valid
-        return (moved, back), (moved, back, lagged, regular)
+        return (moved, back), (moved, lanes.halves(back)[0], lagged, regular)
 
     def absorb(self, summary: Transition, x: tuple) -> Transition:
         """Lengthen a block."""
@@ -141,7 +142,7 @@ def _in_one_pass(
 ) -> tuple[tuple[Array, Array, Array], Array]:
     """Smooth step by step; returns what `_join` takes, and whether every step is regular."""
     recurrence = RauchTungStriebel(filtered.mean.shape[-1], form, constant_part(model))
-    last = (jnp.zeros_like(filtered.mean[-1]), filtered.cov[-1])
+    last = (jnp.zeros_like(filtered.mean[-1]), form.exact(filtered.cov[-1]))
     _, (delta, covs, lagged, regular) = run(
         recurrence, last, _steps_back(model, filtered), backend=Sequential(), reverse=True
     )
@@ -158,16 +159,16 @@ def _rauch_tung_striebel(
     $P_t = G_tP_{t+1}G_t^\top + U_t$: no difference of covariances, and none of large means.
     """
     size = filtered.mean.shape[-1]
-    last = (jnp.zeros_like(filtered.mean[-1]), filtered.cov[-1])
+    last = (jnp.zeros_like(filtered.mean[-1]), form.exact(filtered.cov[-1]))
     _, (delta, covs) = run(
         GaussMarkov(size, form), last, steps, backend=backend, state_dim=size, reverse=True
     )
-    after = _decode(jnp.concatenate((covs[1:], last[1][None])), form)
+    after = _decode(jnp.concatenate((covs[1:], filtered.cov[-1:])), form)
 
     def lag(_: None, x: tuple[Array, Array]) -> tuple[Array, None]:
         return matmul(*x), None
 
-    lagged, _ = in_blocks(lag, None, (steps.weights, after), size)
+    lagged, _ = in_blocks(lag, None, (steps.weights[..., :size], after), size)
     return _join(filtered, delta, covs, lagged, form)
 
 

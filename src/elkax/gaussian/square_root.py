@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from elkax.gaussian.factor import gram, is_regular, psd_cholesky, solve_lower, tria
+from elkax.gaussian.factor import gram, is_regular, psd_cholesky, solve_lower, tria, tria_change
 from elkax.scan import lanes
-from elkax.scan.lanes import dot, materialize, matmul, matvec, transpose
+from elkax.scan.lanes import dot, halves, materialize, matmul, matvec, transpose
 
 
 @dataclass(frozen=True)
@@ -17,45 +17,70 @@ class SquareRoot:
 
     Covariances are positive semi-definite by construction and keep about twice the digits of
     the covariance form, at roughly twice the cost.
+
+    In types of few digits a factor that a recurrence carries is $[L, E]$ (D, 2D) with $E$ what
+    rounding left out of $L$, and so is a gain: one that changes little in a step would otherwise
+    be rounded anew in each, which adds up over as many steps as the model remembers.
     """
 
     def encode(self, covariance: Float[Array, "n n *lanes"]) -> Array:
         """Store a covariance as its guarded Cholesky factor."""
         return psd_cholesky(covariance)
 
-    def decode(self, stored: Float[Array, "n n *lanes"]) -> Array:
-        r"""Return $LL^\top$."""
-        return gram(stored)
+    def exact(self, matrix: Float[Array, "n n *lanes"]) -> Array:
+        r"""Return $[L, 0]$ where the type has few digits."""
+        few = lanes.is_short(matrix.dtype)
+        return lanes.with_rest(matrix, jnp.zeros_like(matrix)) if few else matrix
 
-    def cholesky(self, stored: Float[Array, "n n *lanes"], *, written_out: bool = False) -> Array:
+    def decode(self, stored: Float[Array, "n k *lanes"]) -> Array:
+        r"""Return $LL^\top$."""
+        return gram(halves(stored)[0])
+
+    def cholesky(self, stored: Float[Array, "n k *lanes"], *, written_out: bool = False) -> Array:
         """Return the stored factor."""
         del written_out
-        return stored
+        return halves(stored)[0]
 
-    def times(self, stored: Float[Array, "n n *lanes"], x: Array) -> Array:
+    def times(self, stored: Float[Array, "n k *lanes"], x: Array) -> Array:
         r"""Compute $L(L^\top x)$."""
-        return matvec(stored, matvec(transpose(stored), x))
+        factor, _ = halves(stored)
+        return matvec(factor, matvec(transpose(factor), x))
 
     def predict(self, weights: Array, stored: Array, noise: Array) -> Array:
         r"""Compute the factor of $FLL^\top F^\top + L_QL_Q^\top$ by one triangularisation."""
-        return tria(_beside(materialize(lanes.advance(weights, stored)), noise))
+        noise, _ = halves(noise)
+        kept, change = lanes.advance_apart(weights, stored)
+        if halves(stored)[1] is None:
+            return tria(_beside(materialize(kept + change), noise))
+        change = tria_change(kept, _beside(materialize(change), noise))
+        return lanes.with_rest(*lanes.two_sum(*lanes.align(kept, 2, change, 2)))
 
     def reverse(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Array, Array]:
         r"""Turn a step around; arguments and returns as `Covariance.reverse`.
 
         The factor of the joint covariance of $(z', z)$, by one triangularisation, has the blocks
         $L'$, $GL'$ and, below the diagonal, a factor of $U$: one solve instead of the two with
-        $FPF^\top + Q$, and no squares.
+        $FPF^\top + Q$, and no squares. In types of few digits it is that of $(z', z - Ez')$ with
+        $E = \mathrm{diag}(e)$ from `lanes.split_identity` of F, which has $(G - E)L'$ in place of
+        $GL'$.
         """
-        size = stored.shape[0]
-        moved = materialize(lanes.advance(weights, stored))
+        size, few = stored.shape[0], lanes.is_short(stored.dtype)
+        near, _ = lanes.split_identity(weights)
+        kept, change = lanes.advance_apart(weights, stored)
+        if few:
+            change = materialize(change)
+            moved = kept + change
+            apart = lanes.scale_rows(stored, 1.0 - near) - lanes.scale_rows(change, near)
+            below = _beside(apart, lanes.scale_rows(noise, -near))
+        else:
+            moved = materialize(kept + change)
+            below = _beside(stored, jnp.zeros_like(stored))
         above = _beside(moved, noise)
-        below = _beside(stored, jnp.zeros_like(stored))
         joint = tria(jnp.concatenate((above, below), axis=0))
         factor, cross, rest = joint[:size, :size], joint[size:, :size], joint[size:, size:]
         factor, cross = materialize((factor, cross))
-        gain = solve_lower(factor, transpose(cross), transposed=True, written_out=True)
-        return transpose(gain), rest, is_regular(factor)
+        gain = transpose(solve_lower(factor, transpose(cross), transposed=True, written_out=True))
+        return lanes.add_identity(near, gain) if few else gain, rest, is_regular(factor)
 
     def smooth(
         self, weights: Array, stored: Array, noise: Array, after: Array
@@ -66,7 +91,7 @@ class SquareRoot:
 
     def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]:
         r"""Compute $f = L^\top h$ and $s = f^\top f + r$; arguments as `Covariance.project`."""
-        f = matvec(transpose(stored), row)
+        f = matvec(transpose(halves(stored)[0]), row)
         return f, dot(f, f) + variance
 
     def rounding(self, floor: Array) -> Array:
@@ -86,6 +111,7 @@ class SquareRoot:
         References:
             Carlson (1973), AIAA Journal 11(9); here for a lower factor.
         """
+        stored, low = halves(stored)
         f = projection * active
         later = variance + _sum_later(f * f)  # sigma_j
         from_here = later + f * f  # sigma_{j-1}
@@ -101,21 +127,32 @@ class SquareRoot:
         little = shrink > 0.5
         keep, factor = jnp.where(little, 1.0, 0.0), jnp.where(little, -loss, shrink)
         keep, factor, weight, columns, gain = materialize((keep, factor, weight, columns, gain), 1)
-        return gain, keep[None] * stored + (stored * factor[None] - columns * weight[None])
+        kept, change = keep[None] * stored, stored * factor[None] - columns * weight[None]
+        if low is None:
+            return gain, kept + change
+        return gain, lanes.with_rest(*lanes.two_sum(kept, keep[None] * low + change))
 
     def accumulate(self, stored: Array, low: Array, columns: Array) -> tuple[Array, Array]:
         r"""Compute the factor of $ZZ^\top + GG^\top$; arguments as `Covariance.accumulate`."""
-        return tria(_beside(stored, columns)), low
+        if not lanes.is_short(stored.dtype):
+            return tria(_beside(stored, columns)), low
+        change = tria_change(stored, _beside(low, columns))
+        return lanes.two_sum(*lanes.align(stored, 2, change, 2))
 
     def condition(self, stored: Array, information: Array) -> Array:
         r"""Compute a factor of $(I + PJ)^{-1}P$ for $P = LL^\top$, $J = ZZ^\top$.
 
-        With $\Psi\Psi^\top = I + L^\top ZZ^\top L$, found by triangularising $[L^\top Z, I]$, it
-        is $L\Psi^{-\top}$.
+        With $\Psi\Psi^\top = I + L^\top ZZ^\top L$, found by triangularising $[I, L^\top Z]$, it
+        is $X = L\Psi^{-\top} = L - X(\Psi - I)^\top$.
         """
-        cross = matmul(transpose(stored), information)
+        factor, low = halves(stored)
+        cross = matmul(transpose(factor), halves(information)[0])
         eye = lanes.identity(cross.shape[0], cross.shape[2:], cross.dtype)
-        return transpose(solve_lower(tria(_beside(cross, eye)), transpose(stored)))
+        if low is None:
+            return transpose(solve_lower(tria(_beside(cross, eye)), transpose(factor)))
+        change = tria_change(eye, _beside(jnp.zeros_like(cross), cross))
+        whole = transpose(solve_lower(eye + change, transpose(factor)))
+        return lanes.subtract(stored, matmul(whole, transpose(change)))
 
 
 def _beside(left: Array, right: Array) -> Array:

@@ -140,28 +140,56 @@ def diagonal_of(a: Shaped[Array, "n n *lanes"]) -> Array:
     return a.reshape((size * size, *a.shape[2:]))[:: size + 1]
 
 
-def split_identity(a: Shaped[Array, "n n *lanes"]) -> tuple[Array, Array]:
+def with_rest(a: Shaped[Array, "n n *lanes"], low: Shaped[Array, "n n *lanes"]) -> Array:
+    """Put what rounding left out of a matrix to its right, shape (n, 2n, lanes)."""
+    return jnp.concatenate((a, low), axis=1)
+
+
+def halves(a: Shaped[Array, "n k *lanes"]) -> tuple[Array, Array | None]:
+    """Give a matrix, and what rounding left out of it if k = 2n and that stands to its right."""
+    size, columns = a.shape[:2]
+    return (a[:, :size], a[:, size:]) if columns == 2 * size else (a, None)
+
+
+def split_identity(a: Shaped[Array, "n k *lanes"]) -> tuple[Array, Array]:
     r"""Write $A = \mathrm{diag}(e) + B$ with $e_i = 1$ where $1/2 \le a_{ii} \le 2$, else 0.
 
     $B$ is exact, and $Ax = e \circ x + Bx$ rounds what dominates once: a recurrence that changes
     its state little in a step then commits no relative error of its own in every step, which would
-    add up over as many steps as it remembers.
+    add up over as many steps as it remembers. What rounding left out of A, if it stands to its
+    right, is in $B$.
 
     Returns:
         $e$ (n, lanes) and $B$.
     """
+    a, low = halves(a)
     diagonal = diagonal_of(a)
     near = ((diagonal >= 0.5) & (diagonal <= 2.0)).astype(a.dtype)
     eye = jnp.eye(a.shape[0], dtype=a.dtype).reshape(a.shape[:2] + (1,) * (a.ndim - 2))
-    return near, a - eye * near[:, None]
+    rest = a - eye * near[:, None]
+    return near, rest if low is None else rest + low
 
 
-def advance(a: Shaped[Array, "n n *lanes_a"], b: Shaped[Array, "n m *lanes_b"]) -> Array:
-    r"""Compute $AB$ in every lane by `split_identity` of A, to be materialized by the caller."""
+def advance_apart(
+    a: Shaped[Array, "n k *lanes_a"], b: Shaped[Array, "n m *lanes_b"]
+) -> tuple[Array, Array]:
+    r"""Compute two terms of $AB$, $e \circ B$ and the rest, by `split_identity` of A.
+
+    The rest holds what rounding left out of B, if it stands to its right.
+    """
     near, rest = split_identity(a)
-    change = product(rest, b)
-    near, b = align(near, 1, b, 2)
-    return near[:, None] * b + change
+    b, low = halves(b)
+    kept, change = scale_rows(b, near), product(rest, b)
+    return kept, change if low is None else scale_rows(low, near) + change
+
+
+def advance(a: Shaped[Array, "n k *lanes_a"], b: Shaped[Array, "n m *lanes_b"]) -> Array:
+    r"""Compute $AB$ in every lane, to be materialized by the caller; see `advance_apart`.
+
+    If what rounding left out of B stands to its right, so does what it leaves out of the product.
+    """
+    kept, change = advance_apart(a, b)
+    return kept + change if halves(b)[1] is None else with_rest(*two_sum(kept, change))
 
 
 def congruence(
@@ -195,6 +223,18 @@ def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
     return total, jax.lax.stop_gradient(rest)
 
 
+def add_identity(near: Shaped[Array, "n *lanes_e"], a: Shaped[Array, "n n *lanes_a"]) -> Array:
+    r"""Compute $\mathrm{diag}(e) + A$ and what rounding leaves out of it, to its right."""
+    eye = identity(near.shape[0], near.shape[1:], a.dtype)
+    return with_rest(*two_sum(*align(scale_rows(eye, near), 2, a, 2)))
+
+
+def subtract(a: Shaped[Array, "n k *lanes_a"], b: Shaped[Array, "n n *lanes_b"]) -> Array:
+    r"""Compute $A - B$, and what rounding leaves out of it if that of A stands to its right."""
+    high, low = halves(a)
+    return a - b if low is None else with_rest(*two_sum(high, low - b))
+
+
 def matvec(a: Shaped[Array, "n k *lanes_a"], x: Shaped[Array, "k *lanes_x"]) -> Array:
     r"""Compute $Ax$ in every lane, shape (n, lanes)."""
     a, x = align(a, 2, x, 1)
@@ -221,6 +261,12 @@ def scale(x: Shaped[Array, "n *lanes_x"], factor: Shaped[Array, "*lanes_f"]) -> 
     r"""Multiply a vector with a number in every lane, shape (n, lanes)."""
     x, factor = align(x, 1, factor, 0)
     return x * factor
+
+
+def scale_rows(a: Shaped[Array, "n m *lanes_a"], x: Shaped[Array, "n *lanes_x"]) -> Array:
+    r"""Compute $\mathrm{diag}(x)A$ in every lane, shape (n, m, lanes)."""
+    x, a = align(x, 1, a, 2)
+    return x[:, None] * a
 
 
 def outer(x: Shaped[Array, "n *lanes_x"], y: Shaped[Array, "m *lanes_y"]) -> Array:

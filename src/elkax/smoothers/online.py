@@ -24,6 +24,7 @@ class OnlineState(NamedTuple):
         marginal_loglik: $\log p(y_{1:t})$.
         time: number of emissions taken in, an integer scalar.
         low: (D,) what rounding left out of the mean.
+        factor_low: (D, D) what rounding left out of the factor, (D, 0) if that is not known.
     """
 
     mean: Array
@@ -31,6 +32,7 @@ class OnlineState(NamedTuple):
     marginal_loglik: Array
     time: Array
     low: Array
+    factor_low: Array
 
 
 def lgssm_online_start(params: ParamsLGSSM, *, form: str = "covariance") -> OnlineState:
@@ -51,12 +53,14 @@ def lgssm_online_start(params: ParamsLGSSM, *, form: str = "covariance") -> Onli
         )
     check_symmetric("params.initial.cov", cov)
     dtype = jnp.result_type(mean, cov, jnp.float32)
+    cov = stored.exact(stored.encode(cov.astype(dtype)))
     return OnlineState(
         mean.astype(dtype),
-        stored.encode(cov.astype(dtype)),
+        cov[:, : len(mean)],
         jnp.zeros((), dtype),
         jnp.zeros((), jnp.int32),
         jnp.zeros(mean.shape, dtype),
+        cov[:, len(mean) :],
     )
 
 
@@ -94,11 +98,13 @@ def lgssm_online_step(
     model = _here(encode_model(uncorrelate(problem.model), stored))._replace(
         initial_mean=state.mean, initial_cov=state.covariance, first=first.astype(state.mean.dtype)
     )
-    before = jnp.where(first, 0.0, state.mean), state.low, jnp.where(first, 0.0, state.covariance)
+    cov = jnp.concatenate((state.covariance, state.factor_low), axis=1)
+    before = jnp.where(first, 0.0, state.mean), state.low, jnp.where(first, 0.0, cov)
     kalman = KalmanFilter(model, stored)
     (mean, low, cov), output = kalman.step(before, Model(*([None] * len(model))))
     density = poison(log_density(output), problem.finite)
-    return OnlineState(mean, cov, state.marginal_loglik + density, state.time + 1, low)
+    size, value = len(mean), state.marginal_loglik + density
+    return OnlineState(mean, cov[:, :size], value, state.time + 1, low, cov[:, size:])
 
 
 def _here(model: Model) -> Model:
