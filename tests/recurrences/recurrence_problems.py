@@ -84,6 +84,17 @@ def rnn_step(u, w, b, state, x):
     return jnp.tanh(u @ state + w @ x + b)
 
 
+def autoregressive_step(weights, state, noise):
+    """A GRU whose input is its last output, and the output a draw about what it predicts."""
+    u, w, out, sd = weights
+    hidden, output = state
+    r, z, n = w * output
+    ur, uz, un = u @ hidden
+    r, z = jax.nn.sigmoid(r + ur), jax.nn.sigmoid(z + uz)
+    hidden = (1 - z) * jnp.tanh(n + r * un) + z * hidden
+    return hidden, out @ hidden + sd * noise
+
+
 def lorenz96_rate(forcing, s):
     return (jnp.roll(s, -1) - jnp.roll(s, 2)) * jnp.roll(s, 1) - s + forcing
 
@@ -139,6 +150,20 @@ def rnn(length=T, size=4):
     rng = np.random.default_rng(2)
     cell = Partial(rnn_step, *_arrays(rng, (), size))
     return Problem(cell, jnp.zeros(size), _inputs(rng, length), length)
+
+
+def autoregressive(length, seed):
+    """Three hidden units and one output, untrained."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    weights = (
+        jax.random.normal(keys[0], (3, 3, 3)) / 3**0.5,
+        jax.random.normal(keys[1], (3, 3)),
+        jax.random.normal(keys[2], (3,)) / 3**0.5,
+        jnp.exp(-2.0),
+    )
+    state = jnp.zeros(3), jnp.zeros(())
+    noise = jax.random.normal(keys[3], (length,))
+    return Problem(Partial(autoregressive_step, weights), state, noise, length)
 
 
 def lorenz96(length=T):

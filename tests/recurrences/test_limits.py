@@ -128,7 +128,7 @@ def test_damping_per_step(form):
 
 
 @pytest.mark.parametrize("form", ["filter", "smoother"])
-@pytest.mark.parametrize("name", ["diagonal", "full"])
+@pytest.mark.parametrize("name", ["diagonal", "blocks", "full"])
 def test_no_damping_is_the_limit(name, form):
     """Three iterations one by one from zeros; exact zeros in Q and in the first covariance."""
     structure = KEPT[name][0]
@@ -148,6 +148,16 @@ def test_no_damping_is_the_limit_in_one_run():
         for method in (elkax.DEER(), elkax.ELK(elkax.ConstantDamping(0.0)))
     ]
     np.testing.assert_allclose(*runs, atol=1e-12)
+
+
+def test_no_damping_is_the_limit_in_blocks():
+    """Of seven steps each, which do not divide T."""
+    undamped, damped = (
+        PROBLEM.evaluate(method=method, block=7, max_iters=2, error_tolerance=float("inf"))
+        for method in (elkax.DEER(), elkax.ELK(elkax.ConstantDamping(0.0), form="smoother"))
+    )
+    assert undamped.info.status == damped.info.status == elkax.Status.MAX_ITERS
+    np.testing.assert_allclose(damped.states, undamped.states, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", [elkax.Jacobi(), elkax.QuasiDEER(), elkax.DEER()], ids=str)

@@ -144,8 +144,15 @@ def test_a_nan_input():
 @partial(jax.jit, static_argnames="method")
 def batch(cell, states, inputs, lengths, *, method):
     def one(state, x, length):
+        # T is known twice, from the inputs and by number.
         return elkax.evaluate_recurrence(
-            cell, state, x, length=length, method=method, error_tolerance=INFINITY
+            cell,
+            state,
+            x,
+            num_timesteps=T,
+            length=length,
+            method=method,
+            error_tolerance=INFINITY,
         )
 
     return jax.vmap(one)(states, inputs, lengths)
@@ -168,6 +175,29 @@ def test_ragged_batches_stop_one_by_one():
     assert iterations[0] <= 2 and iterations[0] < iterations[1] and iterations[1] <= iterations[2]
     alone = Problem(PROBLEM.cell, jnp.asarray(states[2]), jnp.asarray(inputs[2]))
     assert run(alone, method=method).info.iterations == iterations[2]
+
+
+@pytest.mark.parametrize("method", [elkax.DEER(), elkax.Sequential()], ids=str)
+def test_an_empty_sequence_in_a_batch(method):
+    """The state stays; NaN in the padding reaches no derivative."""
+    lengths = jnp.asarray([0, 7])
+    states = jnp.asarray(np.random.default_rng(15).normal(size=(2, 3)))
+    inputs = jnp.where(jnp.arange(T)[:, None] < lengths[:, None, None], PROBLEM.inputs, jnp.nan)
+
+    def total(cell, states, inputs):
+        found = batch(cell, states, inputs, lengths, method=method)
+        return jnp.sum(found.states**2), found
+
+    gradient = jax.grad(total, (0, 1, 2), has_aux=True)
+    (cell, start, rows), found = gradient(PROBLEM.cell, states, inputs)
+    np.testing.assert_array_equal(found.states[0], np.tile(states[0], (T, 1)))
+    np.testing.assert_array_equal(found.info.status, Status.CONVERGED)
+    assert found.info.iterations[0] == 0
+    np.testing.assert_allclose(start[0], 2 * T * states[0], rtol=1e-14)
+    np.testing.assert_array_equal(rows[0], 0.0)
+    exact = problems.sequential(PROBLEM.cell, states[1], inputs[1, :7])
+    assert np.max(errors(found.states[1, :7], exact)) <= 1e-11
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((cell, start, rows)))
 
 
 def test_a_lost_sequence_does_not_spoil_the_others():
@@ -221,7 +251,6 @@ def test_sequential_on_failure():
     assert solution.info.iterations == 2
     check(PROBLEM, solution)
     assert solution.info.residual <= 1e-12
-    assert not np.any(errors(solution.states, PROBLEM.scan()) > solution.info.error_bound)
 
 
 def test_sequential_on_failure_has_the_right_gradient():

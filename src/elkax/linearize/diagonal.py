@@ -37,10 +37,12 @@ class Diagonal(Entrywise):
         if self.exact:
             return values, push(jnp.ones_like(states))
 
-        def entry(unit: Array) -> Array:
-            return push(jnp.broadcast_to(unit, states.shape)) @ unit
+        def entry(index: Array) -> Array:
+            unit = (jnp.arange(states.shape[1]) == index).astype(states.dtype)
+            pushed = push(jnp.broadcast_to(unit, states.shape))
+            return jax.lax.dynamic_index_in_dim(pushed, index, 1, keepdims=False)
 
-        return values, jax.lax.map(entry, jnp.eye(states.shape[1], dtype=states.dtype)).T
+        return values, jax.lax.map(entry, jnp.arange(states.shape[1])).T
 
     def filter(
         self, jacobian: Array, offset: Array, noise: Array, backend: Backend | None

@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from elkax.recurrences.problem import Problem, fit, leading, sizes
 from elkax.recurrences.tangent import Implicit, Unrolled
+from elkax.smoothers.iteration import Status
 
 # Random roundings that are carried along, and how many standard deviations a bound is.
 PROBES, DEVIATIONS = 4, 8.0
@@ -17,19 +18,27 @@ class Audit(NamedTuple):
     """What a trajectory is worth.
 
     Attributes:
+        status: a `Status` as an integer; ill-conditioned where it would be converged, but the
+            largest bound, relative as the residual, is above tolerance.
         prefix: number of states at the beginning whose residuals are within tolerance.
         residual: largest residual, relative to the largest entry of a state up to that time.
         bound: (T,) bound on the entries of the error; NaN if not asked for.
-        relative: largest bound, relative as the residual.
     """
 
+    status: Array
     prefix: Array
     residual: Array
     bound: Array
-    relative: Array
 
 
-def audit(problem: Problem, states: Array, plan: Any, tolerance: Array) -> Audit:
+def audit(
+    problem: Problem,
+    plan: Any,
+    tolerance: Array,
+    error_tolerance: Array,
+    states: Array,
+    status: Array,
+) -> Audit:
     r"""Judge a trajectory by its residuals $r_t = f(s_{t-1}, x_t) - s_t$.
 
     To first order its error is the solution of $e_t = J_te_{t-1} + r_t$. Rounding of f adds what
@@ -38,16 +47,19 @@ def audit(problem: Problem, states: Array, plan: Any, tolerance: Array) -> Audit
 
     Args:
         problem: the recurrence.
-        states: the trajectory (T, D).
-        plan: how linear problems are solved.
+        plan: whether a bound is asked for, and how linear problems are solved.
         tolerance: largest relative residual of a converged state.
+        error_tolerance: largest relative bound.
+        states: the trajectory (T, D).
+        status: how its evaluation ended.
     """
+    states = jax.lax.stop_gradient(states)
     values = problem.values(states)
     found = fit(values, states, jnp.max(jnp.abs(problem.initial)), tolerance)
     prefix, residual = leading(found.good), jnp.max(found.relative)
     if not plan.bounded:
         nothing = jnp.full(len(states), jnp.nan, states.dtype)
-        return Audit(prefix, residual, nothing, jnp.max(nothing))
+        return Audit(status, prefix, residual, nothing)
     gradient = Implicit() if isinstance(plan.gradient, Unrolled) else plan.gradient
     solve = gradient.tangent(plan.course(problem, states))
     signs = jax.random.rademacher(jax.random.key(0), (PROBES, *states.shape), states.dtype)
@@ -58,4 +70,6 @@ def audit(problem: Problem, states: Array, plan: Any, tolerance: Array) -> Audit
     # Twice, for what is not of first order.
     bound = 2.0 * sizes(errors[0]) + DEVIATIONS * spread
     worst = jnp.max(jnp.where(bound == 0, 0.0, bound / found.scale))
-    return Audit(prefix, residual, bound, worst)
+    wide = (status == int(Status.CONVERGED)) & ~(worst <= error_tolerance)
+    status = jnp.where(wide, int(Status.ILL_CONDITIONED), status)
+    return Audit(status, prefix, residual, bound)

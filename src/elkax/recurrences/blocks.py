@@ -21,7 +21,7 @@ def coarsen(problem: Problem, block: int) -> Problem:
     inside = jnp.arange(count * block).reshape((count, block)) < problem.length
 
     def step(state: Array, x: tuple[PyTree, Array]) -> Array:
-        return _run(problem, state, x)[-1]
+        return _inside(problem, state, x).run()[-1]
 
     return Problem(step, problem.initial, (jax.tree.map(cut, problem.inputs), inside))
 
@@ -30,17 +30,16 @@ def refine(problem: Problem, coarse: Problem, ends: Array) -> Array:
     """Return all states (T, D) from those at the ends of the blocks, all blocks at once."""
     if coarse is problem:
         return ends
-    blocks = jax.vmap(lambda state, x: _run(problem, state, x))
+    blocks = jax.vmap(lambda state, x: _inside(problem, state, x).run())
     states = blocks(coarse.before(ends), coarse.inputs)
     return states.reshape((-1, states.shape[-1]))[: problem.length]
 
 
-def _run(problem: Problem, state: Array, x: tuple[PyTree, Array]) -> Array:
-    """Run one block; where it has no step the state stays."""
+def _inside(problem: Problem, state: Array, x: tuple[PyTree, Array]) -> Problem:
+    """Return the recurrence inside one block; where it has no step the state stays."""
 
-    def one(state: Array, x: tuple[PyTree, Array]) -> tuple[Array, Array]:
+    def step(state: Array, x: tuple[PyTree, Array]) -> Array:
         inputs, inside = x
-        state = jnp.where(inside, problem.step(state, inputs), state)
-        return state, state
+        return jnp.where(inside, problem.step(state, inputs), state)
 
-    return jax.lax.scan(one, state, x)[1]
+    return Problem(step, state, x)

@@ -4,19 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, PyTree
 
 from elkax.linearize import Full, Structure
 from elkax.recurrences.method import DEER, Method, QuasiDEER
-from elkax.recurrences.prepare import (
-    Arguments,
-    Cell,
-    declared_structure,
-    flat_step,
-    prepare,
-    steps_of,
-)
+from elkax.recurrences.prepare import Arguments, Cell, declared_structure, prepare
+from elkax.recurrences.problem import Problem
 from elkax.scan import Sequential
 
 # Up to this dimension a whole Jacobian costs less than the iterations that it saves.
@@ -95,13 +88,12 @@ def choose_for(arguments: Arguments, platform: str | None = None) -> Choice:
 
 def _contracts(arguments: Arguments) -> Array:
     """Tell whether a small change of the first state has faded after the first steps."""
-    flat, unravel = ravel_pytree(arguments.initial)
-    inputs, _, axis = steps_of(arguments.inputs, arguments.valid, arguments.length)
-    xs = jax.tree.map(lambda leaf: leaf[:SAMPLE], (inputs, None, axis))
-    step = flat_step(arguments.cell, unravel)
+    problem, _ = arguments.flatten()
+    xs = jax.tree.map(lambda leaf: leaf[:SAMPLE], problem.inputs)
+    flat = problem.initial
 
     def end(state: Array) -> Array:
-        return jax.lax.scan(lambda s, x: (step(s, x), None), state, xs)[0]
+        return Problem(problem.step, state, xs).run()[-1]
 
     change = jax.random.rademacher(jax.random.key(0), flat.shape, flat.dtype)
     return jnp.linalg.norm(jax.jvp(end, (flat,), (change,))[1]) < jnp.linalg.norm(change)

@@ -5,20 +5,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from elkax.linearize import Full
-from elkax.recurrences.prepare import (
-    Cell,
-    declared_structure,
-    flat_step,
-    flat_structure,
-    prepare,
-    steps_of,
-)
-from elkax.recurrences.problem import Problem, ravel_states
+from elkax.recurrences.prepare import Cell, declared_structure, flat_structure, prepare
+from elkax.recurrences.problem import ravel_states
 from elkax.scan import Backend, lanes, run
 
 
@@ -94,10 +86,8 @@ def lyapunov_exponent(
     References:
         Gonzalez et al. (2025), arXiv:2508.16817.
     """
-    arguments = prepare(cell, initial_state, inputs, num_timesteps, None)
-    flat, unravel = ravel_pytree(arguments.initial)
-    xs = steps_of(arguments.inputs, None, arguments.length)
-    problem = Problem(flat_step(arguments.cell, unravel), flat, xs)
+    problem, _ = prepare(cell, initial_state, inputs, num_timesteps, None).flatten()
+    flat = problem.initial
     before = problem.before(ravel_states(states))
     _, jacobian = Full().linearize(problem.step, before, problem.inputs)
     first = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype)
@@ -130,12 +120,11 @@ def check_structure(
     structure = declared_structure(arguments.cell)
     if structure is None:
         raise ValueError("cell has no attribute jacobian_structure to compare its Jacobian with")
-    flat, unravel = ravel_pytree(arguments.initial)
-    step = flat_step(arguments.cell, unravel)
+    problem, unravel = arguments.flatten()
+    step, flat = problem.step, problem.initial
     noise = jax.random.normal(jax.random.key(0), (3, flat.shape[0]), flat.dtype)
     points = flat + jnp.concatenate((jnp.zeros_like(noise[:1]), noise))
-    xs = steps_of(arguments.inputs, None, arguments.length)
-    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], len(points), axis=0), xs)
+    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], len(points), axis=0), problem.inputs)
     _, full = Full().linearize(step, points, repeated)
     structure = flat_structure(structure, unravel)
     _, kept = structure.linearize(step, points, repeated)

@@ -1,52 +1,80 @@
 """Evaluation of a recurrence one step after the other."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
-from elkax.recurrences.audit import Audit
-from elkax.recurrences.prepare import Arguments, flat_step, steps_of
+from elkax.recurrences.audit import Audit, audit
+from elkax.recurrences.plan import Plan
+from elkax.recurrences.prepare import Arguments, flat_structure
 from elkax.recurrences.problem import Problem, leading
 from elkax.recurrences.solution import RecurrenceInfo, RecurrenceSolution
 from elkax.scan.fallback import where_sound
 from elkax.smoothers.iteration import Status
 
 
-def evaluate_in_sequence(arguments: Arguments) -> RecurrenceSolution:
-    """Evaluate a recurrence by `jax.lax.scan`; what was computed is kept, finite or not."""
-    flat, unravel = ravel_pytree(arguments.initial)
-    xs = steps_of(arguments.inputs, arguments.valid, arguments.length)
-    problem = Problem(flat_step(arguments.cell, unravel), flat, xs)
+@partial(jax.jit, static_argnames=("plan",))
+def evaluate_in_sequence(
+    arguments: Arguments, tolerance: Array, error_tolerance: Array, *, plan: Plan
+) -> RecurrenceSolution:
+    """Evaluate a recurrence by `jax.lax.scan`; what was computed is kept, finite or not.
+
+    Args:
+        arguments: the recurrence.
+        tolerance: largest relative residual of a state that counts as converged in the audit.
+        error_tolerance: largest relative error bound.
+        plan: whether there is an audit, and how its linear problems are solved.
+    """
+    problem, unravel = arguments.flatten()
     states, status, prefix = _run(problem)
-    zero, none = jnp.zeros((), flat.dtype), jnp.asarray(0)
-    unknown = jnp.full(len(states), jnp.nan, flat.dtype)
-    info = RecurrenceInfo(status, none, zero + 1, prefix, zero, unknown, none, zero, None)
+    zero, none = jnp.zeros((), states.dtype), jnp.asarray(0)
+    found = Audit(status, prefix, zero, jnp.full(len(states), jnp.nan, states.dtype))
+    if plan.bounded:
+        recurrence, point = problem.as_function()
+        fixed = recurrence(*jax.lax.stop_gradient(point))
+        plan = replace(plan, structure=flat_structure(plan.structure, unravel))
+        found = audit(fixed, plan, tolerance, error_tolerance, states, status)
+    info = RecurrenceInfo(
+        status=found.status,
+        iterations=none,
+        sweeps=zero + 1,
+        prefix=found.prefix,
+        residual=found.residual,
+        error_bound=found.bound,
+        resets=none,
+        damping=zero,
+        history=None,
+    )
     return RecurrenceSolution(jax.vmap(unravel)(states), jax.lax.stop_gradient(info))
 
 
 def give_way(
-    problem: Problem, states: Array, status: Array, found: Audit
-) -> tuple[Array, Array, Audit]:
-    """Evaluate step by step unless the iteration has converged."""
-    good = (status == int(Status.CONVERGED)) | (status == int(Status.NONFINITE))
+    problem: Problem, states: Array, found: Audit, check: Callable[[Array, Array], Audit]
+) -> tuple[Array, Audit]:
+    """Evaluate step by step unless the iteration has converged.
 
-    def sequential() -> tuple[Array, Array, Audit]:
-        states, status, prefix = _run(problem)
-        nothing = jnp.full_like(found.bound, jnp.nan)
-        return states, status, Audit(prefix, jnp.zeros_like(found.residual), nothing, nothing[0])
+    Args:
+        problem: the recurrence.
+        states: what the iteration has found.
+        found: its audit.
+        check: the audit of states and a status.
+    """
+    good = (found.status == int(Status.CONVERGED)) | (found.status == int(Status.NONFINITE))
 
-    return where_sound(good, lambda: (states, status, found), sequential)
+    def sequential() -> tuple[Array, Audit]:
+        states, status, _ = _run(problem)
+        return states, check(states, status)
+
+    return where_sound(good, lambda: (states, found), sequential)
 
 
 def _run(problem: Problem) -> tuple[Array, Array, Array]:
     """Evaluate step by step: states, status, and how many of them are finite."""
-
-    def step(state: Array, x: PyTree) -> tuple[Array, Array]:
-        state = problem.step(state, x)
-        return state, state
-
-    states = jax.lax.scan(step, problem.initial, problem.inputs)[1]
+    states = problem.run()
     finite = jnp.all(jnp.isfinite(states), axis=1)
     status = jnp.where(jnp.all(finite), int(Status.CONVERGED), int(Status.NONFINITE))
     return states, status, leading(finite)

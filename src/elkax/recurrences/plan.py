@@ -24,7 +24,6 @@ WINDOW = 48
 class Plan:
     """How a recurrence is evaluated; hashable."""
 
-    length: int
     method: Method
     gradient: Gradient | Unrolled
     structure: Structure
@@ -96,7 +95,6 @@ def make_plan(
     # Where no Jacobian is kept, the linear equation is solved by sweeps, at most T of them.
     kept = method.jacobian if isinstance(method.jacobian, Dampable) else Zero()
     return Plan(
-        length=length,
         method=method,
         gradient=gradient,
         structure=kept if isinstance(gradient, MatrixFree) else exact,

@@ -1,8 +1,9 @@
 """What the arguments of a recurrence must be, and its flat form."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +11,27 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, PyTree
 
 from elkax.linearize import BlockDiagonal, Diagonal, Structure
-from elkax.recurrences.method import Method
-from elkax.recurrences.problem import where_rows
+from elkax.recurrences.problem import Problem, where_rows
 from elkax.smoothers.prepare import check_count, valid_steps
 
 Cell = Callable[[PyTree, PyTree], PyTree]
 
 
-class Arguments(NamedTuple):
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cell", "initial", "inputs", "valid"],
+    meta_fields=["length"],
+)
+@dataclass(frozen=True)
+class Arguments:
     """A recurrence whose arguments have been checked.
 
     Attributes:
         cell: a `jax.tree_util.Partial`.
         initial: $s_0$, a pytree.
-        inputs: pytree with leading axis T, maybe without arrays.
-        valid: (T,), False in padding; None if there is none.
+        inputs: pytree with leading axis T, maybe without arrays; what stands in padding is not
+            used.
+        valid: (T,), False in padding, where the state stays; None if there is none.
         length: T.
     """
 
@@ -33,6 +40,29 @@ class Arguments(NamedTuple):
     inputs: PyTree
     valid: Array | None
     length: int
+
+    def flatten(self) -> tuple[Problem, Callable[[Array], PyTree]]:
+        """Return the recurrence on flat states (D,), and what makes such a state a pytree again.
+
+        An input of the flat step is an input of the cell, whether it exists (None if all do), and
+        an empty array, so that there is one of leading length T.
+        """
+        flat, unravel = ravel_pytree(self.initial)
+
+        def step(state: Array, x: PyTree) -> Array:
+            inputs, valid, _ = x
+            # In TF32, which a GPU would take by default, Newton's method does not converge.
+            with jax.default_matmul_precision("highest"):
+                new = ravel_pytree(self.cell(unravel(state), inputs))[0]
+            return new if valid is None else jnp.where(valid, new, state)
+
+        inputs = _clean(self.inputs, self.valid)
+        return Problem(step, flat, (inputs, self.valid, jnp.zeros((self.length, 0)))), unravel
+
+    def turn_round(self) -> "Arguments":
+        """Return the recurrence that takes the steps from the last to the first."""
+        inputs, valid = jax.tree.map(lambda leaf: jnp.flip(leaf, 0), (self.inputs, self.valid))
+        return replace(self, inputs=inputs, valid=valid)
 
 
 def prepare(
@@ -107,27 +137,6 @@ def _check_output(output: Any, state: PyTree) -> None:
         )
 
 
-def check_guess(arguments: Arguments, guess: Any) -> None:
-    """Raise a ValueError unless a first guess is one that `evaluate_recurrence` takes."""
-    if guess is None or isinstance(guess, Method):
-        return
-    if isinstance(guess, str):
-        if guess not in ("zeros", "inputs"):
-            raise ValueError(
-                f'guess must be None, "zeros", "inputs", a trajectory or a method, got {guess!r}'
-            )
-        return
-    if jax.tree.structure(guess) != jax.tree.structure(arguments.initial):
-        raise ValueError(
-            f"guess must be a trajectory like the state, {jax.tree.structure(arguments.initial)}, "
-            f"got {jax.tree.structure(guess)}"
-        )
-    for leaf, one in zip(jax.tree.leaves(guess), jax.tree.leaves(arguments.initial), strict=True):
-        if jnp.shape(leaf) != (arguments.length, *one.shape):
-            expected = (arguments.length, *one.shape)
-            raise ValueError(f"guess must have shape {expected}, got {jnp.shape(leaf)}")
-
-
 def declared_structure(cell: Cell) -> Structure | None:
     """Return the structure that a cell states as its `jacobian_structure`, None if it does not.
 
@@ -149,21 +158,8 @@ def declared_structure(cell: Cell) -> Structure | None:
     return declared
 
 
-def flat_step(cell: Cell, unravel: Callable[[Array], PyTree]) -> Callable[[Array, PyTree], Array]:
-    """Return the cell on flat states and on the inputs that `steps_of` gives."""
-
-    def step(state: Array, x: PyTree) -> Array:
-        inputs, valid, _ = x
-        # In TF32, which a GPU would take by default, Newton's method does not converge.
-        with jax.default_matmul_precision("highest"):
-            new = ravel_pytree(cell(unravel(state), inputs))[0]
-        return new if valid is None else jnp.where(valid, new, state)
-
-    return step
-
-
 def flat_structure(structure: Structure, unravel: Callable[[Array], PyTree]) -> Structure:
-    """Return a structure for `flat_step` of a cell, for one whose derivative takes its states."""
+    """Return a structure for the flat step of a cell, for one whose derivative takes its states."""
     if not (isinstance(structure, Diagonal) and structure.derivative is not None):
         return structure
     derivative = structure.derivative
@@ -176,14 +172,14 @@ def flat_structure(structure: Structure, unravel: Callable[[Array], PyTree]) -> 
     return replace(structure, derivative=flat)
 
 
-def steps_of(inputs: PyTree, valid: Array | None, length: int) -> PyTree:
-    """Give what `flat_step` takes: inputs, which of them exist, and an axis of length T."""
-    return clean(inputs, valid), valid, jnp.zeros((length, 0))
-
-
-def clean(inputs: PyTree, valid: Array | None) -> PyTree:
-    """Repeat the first input in the padding, so that f is defined there; it is not used."""
+def _clean(inputs: PyTree, valid: Array | None) -> PyTree:
+    """Repeat the first input that exists in the padding, so that f is defined there."""
     if valid is None:
         return inputs
 
-    return jax.tree.map(lambda leaf: where_rows(valid, leaf, leaf[:1]), inputs)
+    def fill(leaf: Array) -> Array:
+        first = leaf[jnp.argmax(valid)]
+        # Without any, what stands in the padding must not reach a derivative as NaN times zero.
+        return where_rows(valid, leaf, jnp.where(jnp.any(valid), first, jnp.zeros_like(first)))
+
+    return jax.tree.map(fill, inputs)

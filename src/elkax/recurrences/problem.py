@@ -1,5 +1,6 @@
 """A recurrence with flat states, ready to be linearized."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -28,6 +29,19 @@ class Problem(NamedTuple):
         """Return T."""
         return jax.tree.leaves(self.inputs)[0].shape[0]
 
+    def as_function(self) -> tuple[Callable[..., "Problem"], tuple[list, Array, PyTree]]:
+        """Return the recurrence as a function of all that it has derivatives in, and that.
+
+        These are what f closes over, $s_0$ and the inputs.
+        """
+        first = jax.tree.map(lambda leaf: leaf[0], self.inputs)
+        step, closed = jax.closure_convert(self.step, self.initial, first)
+
+        def recurrence(closed: list, initial: Array, inputs: PyTree) -> Problem:
+            return Problem(lambda state, x: step(state, x, *closed), initial, inputs)
+
+        return recurrence, (closed, self.initial, self.inputs)
+
     def before(self, states: Array) -> Array:
         """Give the state before every step, (T, D), for states after them."""
         return jnp.concatenate((self.initial[None], states[:-1]))
@@ -35,6 +49,15 @@ class Problem(NamedTuple):
     def values(self, states: Array) -> Array:
         """Evaluate every step from the state before it, (T, D)."""
         return jax.vmap(self.step)(self.before(states), self.inputs)
+
+    def run(self) -> Array:
+        """Evaluate one step after the other, (T, D)."""
+
+        def step(state: Array, x: PyTree) -> tuple[Array, Array]:
+            state = self.step(state, x)
+            return state, state
+
+        return jax.lax.scan(step, self.initial, self.inputs)[1]
 
 
 class Fit(NamedTuple):

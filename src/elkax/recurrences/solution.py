@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, PyTree
 
-from elkax.recurrences.newton import Record
+from elkax.recurrences.point import Record
 
 
 class RecurrenceInfo(NamedTuple):
@@ -12,15 +12,17 @@ class RecurrenceInfo(NamedTuple):
 
     Attributes:
         status: a `Status` as an integer: 0 converged, 1 max_iters, 2 nonfinite, 3 stalled,
-            4 ill_conditioned (the residual is within its tolerance, the error bound is not).
+            4 ill_conditioned (the residual is within its tolerance, the error bound is not). States
+            found one after the other are converged if they are finite.
         iterations: number of linear problems solved, one scan each.
         sweeps: evaluations of the cell, divided by T.
         prefix: number of states at the beginning that have converged.
         residual: largest entry of $|s_t - f(s_{t-1}, x_t)|$, relative to the largest entry of a
             state up to t.
         error_bound: (T,) first-order bound on the entries of the error of $s_t$, among them what
-            another rounding of f would change; NaN where it was not asked for, and where the states
-            were found one after the other.
+            another rounding of f would change. NaN where it was not asked for: with an infinite
+            `error_tolerance`, and with none where the states were found one after the other. These
+            are those of `jax.lax.scan`, which in chaos says nothing about their error.
         resets: how often guesses of the tail were restarted.
         damping: largest $\lambda$ of the last iteration.
         history: `Record` whose leading axis holds every evaluation of the trajectory, at first that

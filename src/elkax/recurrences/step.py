@@ -33,6 +33,33 @@ class View(NamedTuple):
     values: Array
     jacobian: Jacobian
 
+    def read(self, x: Array) -> Array:
+        """Cut the window out of an array with leading axis T."""
+        return jax.lax.dynamic_slice_in_dim(x, self.start, len(self.index))
+
+    def write(self, x: Array, part: Array) -> Array:
+        """Put the window into an array with leading axis T."""
+        return jax.lax.dynamic_update_slice_in_dim(x, part, self.start, 0)
+
+    def first(self, flags: Array) -> Array:
+        """Return the index of the first state that is flagged, beyond T if none is."""
+        return jnp.min(jnp.where(flags, self.index, jnp.iinfo(self.index.dtype).max))
+
+
+class Step(NamedTuple):
+    """What a step has come to.
+
+    Attributes:
+        states: the window after it.
+        expected: half the sum of squared residuals there, as the linearized recurrence has it;
+            None without damping.
+        end: where the part ends whose new states are of a sane size; behind it nothing has changed.
+    """
+
+    states: Array
+    expected: Array | None
+    end: Array
+
 
 def solve(
     method: Method,
@@ -43,13 +70,8 @@ def solve(
     end: Array,
     strength: Array | None,
     usual: Array,
-) -> tuple[Array, Array, Array]:
-    """Take a step in the active part.
-
-    Returns:
-        The window after the step, the merit that is expected of it, and where the part of it ends
-        whose new states are of a sane size; behind that nothing has changed.
-    """
+) -> Step:
+    """Take a step in the active part."""
     structure = method.jacobian
     active = (view.index >= prefix) & (view.index < end)
     coupled = active & (view.index > prefix)
@@ -62,7 +84,9 @@ def solve(
         noise = jnp.where(coupled[:, None], strength, 0.0)
         change, covs = structure.filter(jacobian, residual, noise, backend)
     if restarts:
-        end = _sane(view.states + change, view.index, prefix, end, usual)
+        # Where the part ends that has not exploded.
+        wild = ~(sizes(view.states + change) <= EXPLODED * usual) & (view.index > prefix)
+        end = jnp.minimum(end, view.first(wild))
     kept = view.index < end
     change = jnp.where(kept[:, None], change, 0.0)
     residual = jnp.where(kept[:, None], residual, 0.0)
@@ -75,13 +99,10 @@ def solve(
     new = view.values + carried if strength is None else view.states + change
     new = jnp.where((view.index == prefix)[:, None], view.values, new)
     states = jnp.where((active & kept)[:, None], new, view.states)
-    return states, 0.5 * jnp.sum((residual + carried - change) ** 2), end
-
-
-def _sane(states: Array, index: Array, prefix: Array, end: Array, usual: Array) -> Array:
-    """Return where the part of a window ends that has not exploded."""
-    wild = ~(sizes(states) <= EXPLODED * usual) & (index > prefix)
-    return jnp.minimum(end, jnp.min(jnp.where(wild, index, jnp.iinfo(index.dtype).max)))
+    expected = None
+    if strength is not None:
+        expected = 0.5 * jnp.sum((residual + carried - change) ** 2)
+    return Step(states, expected, end)
 
 
 def _smooth(

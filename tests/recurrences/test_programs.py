@@ -1,0 +1,82 @@
+"""What the programs keep, and how precisely they multiply, as XLA is told."""
+
+import math
+import re
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import elkax
+from recurrences import recurrence_problems as problems
+
+T, D = 50, 24
+# Matrix products in the cell, with weights (3, D, D).
+PROBLEM = problems.gru(T, size=D)
+
+
+def states(cell, state, inputs, **options):
+    return elkax.evaluate_recurrence(cell, state, inputs, **options).states
+
+
+def gradient(cell, state, inputs, **options):
+    def loss(*arguments):
+        return jnp.sum(jnp.sin(states(*arguments, **options)))
+
+    return jax.grad(loss, (0, 1, 2))(cell, state, inputs)
+
+
+@cache
+def program(function, **options):
+    return jax.jit(partial(function, **options)).lower(*PROBLEM[:3]).as_text()
+
+
+def largest(text):
+    """Number of entries of the largest array."""
+    shapes = re.findall(r"tensor<((?:\d+x)+)[a-z]", text)
+    return max(math.prod(int(n) for n in shape[:-1].split("x")) for shape in shapes)
+
+
+DIAGONAL = {"method": elkax.QuasiDEER(), "gradient": elkax.MatrixFree()}
+DAMPED = {"method": elkax.QuasiELK(form="smoother"), "gradient": elkax.MatrixFree()}
+WINDOWS = {"method": elkax.DEER(), "gradient": elkax.Implicit(), "window": 5}
+DAMPED_WINDOWS = WINDOWS | {"method": elkax.ELK(form="smoother")}
+WHOLE = WINDOWS | {"window": None}
+
+
+@pytest.mark.parametrize("function", [states, gradient], ids=["states", "gradient"])
+@pytest.mark.parametrize(
+    "options",
+    [DIAGONAL, DAMPED, WINDOWS, DAMPED_WINDOWS],
+    ids=["diagonal", "damped diagonal", "windows", "damped windows"],
+)
+def test_no_whole_jacobians_of_all_steps(options, function):
+    """Diagonals come from one product with a vector at a time; windows keep 5 Jacobians.
+
+    The most are five trajectories side by side in the error bound, in pairs while they are carried.
+    """
+    assert T * D < largest(program(function, **options)) <= 2 * 5 * T * D < T * D * D
+
+
+def test_whole_jacobians_would_be_seen():
+    assert largest(program(states, **WHOLE)) >= T * D * D
+
+
+@pytest.mark.parametrize("function", [states, gradient], ids=["states", "gradient"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        WHOLE,
+        DAMPED_WINDOWS,
+        DIAGONAL,
+        DIAGONAL | {"method": elkax.QuasiDEER(elkax.BlockDiagonal(4))},
+    ],
+    ids=["full", "damped", "diagonal", "blocks"],
+)
+def test_products_are_precise(options, function):
+    """A GPU would take TF32 for them, in which Newton's method does not converge."""
+    products = re.findall(r"stablehlo\.dot_general.*", program(function, **options))
+    assert len(products) >= 3
+    for product in products:
+        assert "precision = [HIGHEST, HIGHEST]" in product
