@@ -29,7 +29,7 @@ jax.config.update("jax_traceback_in_locations_limit", 0)
 
 # Shapes and types of every call are checked while the tests run; users do not pay for it.
 # Stays installed, so that it meets the modules that elkax itself does not import, too.
-install_import_hook("elkax", "beartype.beartype")
+install_import_hook("elkax", "type_checks.check_outermost")
 
 
 def pytest_configure(config):

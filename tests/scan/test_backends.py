@@ -64,6 +64,7 @@ def test_vmap_equals_one_at_a_time(backend):
     chex.assert_trees_all_close(together, alone, **TOLERANCE)
 
 
+@jax.tree_util.register_static
 class Fragile:
     """A running sum whose blocks have no summary if they hold a negative number."""
 

@@ -9,7 +9,16 @@ from jaxtyping import PyTree
 from elkax.scan import lanes
 from elkax.scan.fallback import where_sound
 from elkax.scan.layout import from_blocks, to_blocks
-from elkax.scan.protocol import Centred, Scannable, State, Summary, sequence_length, state_dtype
+from elkax.scan.protocol import (
+    Centred,
+    Scannable,
+    State,
+    Summary,
+    absorb,
+    sequence_length,
+    state_dtype,
+    step,
+)
 from elkax.scan.sequential import Sequential
 
 # So many steps tell where a block began, well enough to keep digits.
@@ -80,16 +89,16 @@ def run_in_blocks(
 def _summarise(scannable: Scannable, empty: Summary, rows: PyTree, reverse: bool) -> Summary:
     """Summarise all blocks, in few digits each about the state that its first steps tell."""
 
-    def absorb(summary: Summary, x: PyTree) -> tuple[Summary, None]:
-        return scannable.absorb(summary, lanes.materialize(x, 0)), None
+    def lengthen(summary: Summary, x: PyTree) -> tuple[Summary, None]:
+        return absorb(scannable, summary, lanes.materialize(x, 0)), None
 
     dtype = state_dtype(jax.tree.leaves(empty)[0])
     if isinstance(scannable, Centred) and lanes.is_short(dtype):
         head = slice(-TRIAL, None) if reverse else slice(TRIAL)
         first = jax.tree.map(lambda leaf: leaf[head], rows)
-        trial, _ = jax.lax.scan(absorb, empty, first, reverse=reverse)
+        trial, _ = jax.lax.scan(lengthen, empty, first, reverse=reverse)
         empty = scannable.recenter(empty, scannable.locate(trial))
-    return jax.lax.scan(absorb, empty, rows, reverse=reverse)[0]
+    return jax.lax.scan(lengthen, empty, rows, reverse=reverse)[0]
 
 
 def _run_from(
@@ -98,7 +107,7 @@ def _run_from(
     """Run all blocks side by side from their own first states."""
 
     def advance(before: State, row: PyTree) -> tuple[State, PyTree]:
-        return scannable.step(before, lanes.materialize(row, 0))
+        return step(scannable, before, lanes.materialize(row, 0))
 
     if not padding:
         return jax.lax.scan(advance, starts, rows, reverse=reverse)
@@ -106,9 +115,9 @@ def _run_from(
     position = jnp.arange(blocks)[None] * steps + jnp.arange(steps)[:, None]
     real = position >= padding if reverse else position < steps * blocks - padding
 
-    def step(before: State, x: PyTree) -> tuple[State, PyTree]:
+    def advance_real(before: State, x: PyTree) -> tuple[State, PyTree]:
         row, keep = x
         after, output = advance(before, row)
         return jax.tree.map(lambda a, b: jnp.where(keep, a, b), after, before), output
 
-    return jax.lax.scan(step, starts, (rows, real), reverse=reverse)
+    return jax.lax.scan(advance_real, starts, (rows, real), reverse=reverse)

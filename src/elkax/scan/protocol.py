@@ -1,5 +1,6 @@
 """What a recurrence must offer to be run by every backend."""
 
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -16,7 +17,8 @@ class Scannable(Protocol):
 
     A *summary* of the block $x_{i:j}$ is whatever carries a state before the block to the state
     after it. Leaves of states, summaries and inputs have their matrix axes first and any number
-    of trailing lane axes, the same for all; the methods work in every lane independently.
+    of trailing lane axes, the same for all; the methods work in every lane independently. The
+    recurrence itself is a pytree, of the arrays that it needs in every step.
 
     Laws, up to rounding:
 
@@ -87,6 +89,18 @@ class Backend(Protocol):
             The state after the last step run, and the outputs with leading axis T.
         """
         ...
+
+
+@partial(jax.jit, inline=True)
+def step(scannable: Scannable, state: State, x: PyTree) -> tuple[State, PyTree]:
+    """Advance one step; traced once for all loops that run it on the same shapes."""
+    return scannable.step(state, x)
+
+
+@partial(jax.jit, inline=True)
+def absorb(scannable: Scannable, summary: Summary, x: PyTree) -> Summary:
+    """Lengthen a block by one step; traced once as `step` is."""
+    return scannable.absorb(summary, x)
 
 
 def sequence_length(xs: PyTree) -> int:

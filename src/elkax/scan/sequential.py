@@ -1,11 +1,12 @@
 """One step after the other."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 from jaxtyping import PyTree
 
-from elkax.scan.protocol import Scannable, State, sequence_length
+from elkax.scan.protocol import Scannable, State, sequence_length, step
 
 
 @dataclass(frozen=True)
@@ -20,5 +21,5 @@ class Sequential:
     ) -> tuple[State, PyTree]:
         """Run the recurrence; see `elkax.scan.Backend`."""
         sequence_length(xs)
-        step = jax.checkpoint(scannable.step, prevent_cse=False)
-        return jax.lax.scan(step, state, xs, reverse=reverse)
+        advance = jax.checkpoint(partial(step, scannable), prevent_cse=False)
+        return jax.lax.scan(advance, state, xs, reverse=reverse)

@@ -1,6 +1,7 @@
 """Many series by `vmap`: the batch goes into the vector lanes."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, PyTree
 
-from elkax.scan.protocol import Backend, Scannable, State
+from elkax.scan.protocol import Backend, Scannable, State, step
 from elkax.scan.sequential import Sequential
 
 Leaves = Sequence[Array]
@@ -172,7 +173,7 @@ def run_series(
             single = jax.eval_shape(function, one_series(flags, leaves))
             in_lanes = tree.unflatten(series_last(flags, leaves))
             scannable, state, xs = in_lanes
-            state = _widen(scannable.step, state, xs, size)
+            state = _widen(partial(step, scannable), state, xs, size)
             results = Sequential()(scannable, state, xs, reverse=reverse)
             return series_first(results, single)
 
@@ -189,11 +190,11 @@ def one_series(flags: Sequence[bool], leaves: Leaves) -> list[jax.ShapeDtypeStru
     ]
 
 
-def _widen(step: Callable, state: State, xs: PyTree, size: int) -> State:
+def _widen(advance: Callable, state: State, xs: PyTree, size: int) -> State:
     """Give lanes to the parts of the first state that get them in a step."""
     row = jax.eval_shape(lambda xs: jax.tree.map(lambda leaf: leaf[0], xs), xs)
     while True:
-        after, _ = jax.eval_shape(step, state, row)
+        after, _ = jax.eval_shape(advance, state, row)
         wider = jax.tree.map(lambda new, old: new.ndim > old.ndim, after, state)
         if not any(jax.tree.leaves(wider)):
             return state
