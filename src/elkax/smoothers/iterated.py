@@ -17,7 +17,7 @@ from elkax.smoothers.cost import hessian_diagonal, measure
 from elkax.smoothers.damping import Damping, LevenbergMarquardt
 from elkax.smoothers.descent import Point, Record, Solver, advance
 from elkax.smoothers.iteration import Tolerance, iterate
-from elkax.smoothers.linear import filter_and_smooth
+from elkax.smoothers.linear import assemble_posterior, filter_and_smooth
 from elkax.smoothers.linearization import Linearized, linearize
 from elkax.smoothers.nonlinear import filter_system, smooth_filtered
 from elkax.smoothers.prepare import check_backend, check_count, find_form, real_array
@@ -120,12 +120,8 @@ def posterior_of(
 ) -> PosteriorGSSMSmoothed:
     """Return the posterior of a linearized model, with the log-likelihood that it implies."""
     filtered, smoothed = filter_and_smooth(linearized.model, form, backend)
-    cross = smoothed.lagged + smoothed.mean[:-1, :, None] * smoothed.mean[1:, None, :]
-    density = log_density(filtered)
-    value = jnp.sum(density) + jnp.sum(linearized.log_scale)
-    return PosteriorGSSMSmoothed(
-        value, filtered.mean, filtered.cov, smoothed.mean, smoothed.cov, cross
-    )
+    value = jnp.sum(log_density(filtered)) + jnp.sum(linearized.log_scale)
+    return assemble_posterior(value, filtered.mean, filtered.cov, smoothed)
 
 
 def iterated_smoother(

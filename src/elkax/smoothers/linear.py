@@ -78,6 +78,14 @@ def setup(
     return problem, stored
 
 
+def assemble_posterior(
+    value: Array, mean: Array, cov: Array, smoothed: Smoothed
+) -> PosteriorGSSMSmoothed:
+    """Put filtered and smoothed moments into dynamax's posterior."""
+    cross = smoothed.lagged + smoothed.mean[:-1, :, None] * smoothed.mean[1:, None, :]
+    return PosteriorGSSMSmoothed(value, mean, cov, smoothed.mean, smoothed.cov, cross)
+
+
 def poison(value: Array, finite: Array) -> Array:
     """Return NaN if a parameter is not finite, even one that no observation depends on."""
     return jnp.where(finite, value, jnp.nan)
@@ -103,22 +111,21 @@ def _filter(
 def _smoother(
     model: Model, finite: Array, *, form: Form, backend: Backend | None, initial: Initial
 ) -> PosteriorGSSMSmoothed:
-    def solve(model: Model) -> tuple[Array, Array, Array, Smoothed]:
+    def solve(model: Model) -> PosteriorGSSMSmoothed:
         if not isinstance(initial, ExactDiffuse):
             filtered, smoothed = filter_and_smooth(model, form, backend)
-            return jnp.sum(log_density(filtered)), filtered.mean, filtered.cov, smoothed
+            value = jnp.sum(log_density(filtered))
+            return assemble_posterior(value, filtered.mean, filtered.cov, smoothed)
         columns, given = initial.run(lambda m: filter_and_smooth(m, form, backend), model)
         effect, value = estimate_diffuse(columns)
         mean, cov = integrate(columns.mean, columns.cov[0], effect.mean, effect.cov)
         last = effect.mean[-1], effect.cov[-1]
         _, lagged = integrate(given.mean[:, :-1], given.lagged[0], *last, other=given.mean[1:, 1:])
-        return value, mean, cov, Smoothed(*integrate(given.mean, given.cov[0], *last), lagged)
+        smoothed = Smoothed(*integrate(given.mean, given.cov[0], *last), lagged)
+        return assemble_posterior(value, mean, cov, smoothed)
 
-    value, mean, cov, smoothed = share_mask(solve, model)
-    cross = smoothed.lagged + smoothed.mean[:-1, :, None] * smoothed.mean[1:, None, :]
-    return PosteriorGSSMSmoothed(
-        poison(value, finite), mean, cov, smoothed.mean, smoothed.cov, cross
-    )
+    posterior = share_mask(solve, model)
+    return posterior._replace(marginal_loglik=poison(posterior.marginal_loglik, finite))
 
 
 @partial(jax.jit, static_argnames=("form", "backend", "initial"))

@@ -11,13 +11,13 @@ from dynamax.generalized_gaussian_ssm.models import ParamsGGSSM
 from dynamax.linear_gaussian_ssm import PosteriorGSSMFiltered, PosteriorGSSMSmoothed
 from dynamax.nonlinear_gaussian_ssm.inference_ukf import UKFHyperParams
 from dynamax.nonlinear_gaussian_ssm.models import ParamsNLGSSM
-from jaxtyping import Array, ArrayLike
+from jaxtyping import ArrayLike
 
 from elkax.gaussian import Form
-from elkax.gaussian.smoothing import Smoothed
 from elkax.linearize import Cubature, GaussHermite, Linearizer, SigmaPoints, Taylor, Unscented
 from elkax.linearize.emissions import Residual
 from elkax.scan import Backend
+from elkax.smoothers.linear import assemble_posterior
 from elkax.smoothers.nonlinear import decode, filter_system, smooth_filtered, smooth_moments
 from elkax.smoothers.prepare import check_backend, check_count, find_form
 from elkax.smoothers.system import Data, NonlinearParams, System, prepare_system
@@ -50,7 +50,7 @@ def _smoother(
     num_iter: int,
 ) -> PosteriorGSSMSmoothed:
     filtered = filter_system(system, data, linearizer, form, num_iter)
-    return _posterior(
+    return assemble_posterior(
         jnp.sum(filtered.log_density),
         filtered.output.mean,
         decode(filtered.output.cov, form),
@@ -69,15 +69,7 @@ def _smoother_of_filtered(
 ) -> PosteriorGSSMSmoothed:
     moments = posterior.filtered_means, posterior.filtered_covariances
     smoothed = smooth_moments(system, data, *moments, form, backend)
-    return _posterior(posterior.marginal_loglik, *moments, smoothed)
-
-
-def _posterior(
-    value: Array, means: Array, covs: Array, smoothed: Smoothed
-) -> PosteriorGSSMSmoothed:
-    mean, cov, lagged = smoothed
-    cross = lagged + mean[:-1, :, None] * mean[1:, None, :]
-    return PosteriorGSSMSmoothed(value, means, covs, mean, cov, cross)
+    return assemble_posterior(posterior.marginal_loglik, *moments, smoothed)
 
 
 def gaussian_filter(
