@@ -86,6 +86,26 @@ def test_jit_and_vmap():
     assert len(set(np.asarray(together.info.iterations))) > 1
 
 
+@pytest.mark.parametrize(
+    "method",
+    [*METHODS.values(), elkax.QuasiELK(form="smoother")],
+    ids=[*METHODS, "quasi-ELK smoother"],
+)
+def test_many_sequences(method):
+    """Enough of them to lie in the lanes, where some arrays have a sequence axis and some none."""
+    inputs = jnp.asarray(np.random.default_rng(14).normal(size=(9, 16, 2)))
+
+    def run(inputs):
+        problem = GRU._replace(inputs=inputs, length=16)
+        return problem.evaluate(method=method, max_iters=100)
+
+    together = jax.jit(jax.vmap(run))(inputs)
+    np.testing.assert_array_equal(together.info.status, elkax.Status.CONVERGED)
+    for i in range(9):
+        exact = GRU._replace(inputs=inputs[i], length=16).scan()
+        assert np.all(errors(together.states[i], exact) <= together.info.error_bound[i])
+
+
 def test_a_single_step():
     problem = GRU._replace(inputs=GRU.inputs[:1], length=1)
     solution = problem.evaluate(method=METHODS["ELK smoother"])

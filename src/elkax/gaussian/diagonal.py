@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from elkax.scan.lanes import add, multiply
+
 State = tuple[Array, Array]
 
 
@@ -54,8 +56,9 @@ class DiagonalKalmanFilter:
         """Predict and update; the output is the filtered mean and variance."""
         mean, variance = state
         a, b, q = x
-        mean, variance = a * mean + b, a * a * variance + q
-        new = mean / (1.0 + variance), variance / (1.0 + variance)
+        mean, variance = add(multiply(a, mean), b), add(multiply(a * a, variance), q)
+        kept = 1.0 / (1.0 + variance)
+        new = multiply(mean, kept), variance * kept
         return new, new
 
     def identity(self, lanes: tuple[int, ...], dtype: DTypeLike) -> DiagonalSummary:

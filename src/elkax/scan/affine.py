@@ -29,10 +29,7 @@ class Affine:
     diagonal: bool
 
     def _times(self, a: Array, h: Array) -> Array:
-        if not self.diagonal:
-            return lanes.matvec(a, h)
-        a, h = lanes.align(a, 1, h, 1)
-        return a * h
+        return lanes.multiply(a, h) if self.diagonal else lanes.matvec(a, h)
 
     def step(self, state: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
         """Advance one step; the output is the new state."""

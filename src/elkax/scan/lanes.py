@@ -257,6 +257,12 @@ def add(x: Shaped[Array, "n *lanes_x"], y: Shaped[Array, "n *lanes_y"]) -> Array
     return x + y
 
 
+def multiply(x: Shaped[Array, "n *lanes_x"], y: Shaped[Array, "n *lanes_y"]) -> Array:
+    r"""Compute $x \circ y$ in every lane, shape (n, lanes)."""
+    x, y = align(x, 1, y, 1)
+    return x * y
+
+
 def scale(x: Shaped[Array, "n *lanes_x"], factor: Shaped[Array, "*lanes_f"]) -> Array:
     r"""Multiply a vector with a number in every lane, shape (n, lanes)."""
     x, factor = align(x, 1, factor, 0)
