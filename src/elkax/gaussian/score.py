@@ -184,8 +184,7 @@ def _entries(
         h, weight = entry
         projection = matvec(cov, h)
         gain = lanes.scale(projection, weight)
-        less = lanes.outer(gain, projection)
-        return jnp.subtract(*lanes.align(cov, 2, less, 2)), (gain, cov)
+        return lanes.subtract(cov, lanes.outer(gain, projection)), (gain, cov)
 
     def backward(carry: tuple, entry: tuple) -> tuple[tuple, tuple[Array, Array, Array]]:
         q, matrix = carry

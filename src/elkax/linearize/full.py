@@ -8,12 +8,12 @@ from jaxtyping import Array, PyTree
 
 from elkax.gaussian import Covariance, Model
 from elkax.gaussian.costates import filter_model
-from elkax.linearize.structure import Step, pushforward
-from elkax.scan import Backend, affine_scan
+from elkax.linearize.structure import Scanned, Step, pushforward
+from elkax.scan import Backend
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Scanned):
     """All of it, (T, D, D): DEER and ELK."""
 
     def linearize(self, step: Step, states: Array, inputs: PyTree) -> tuple[Array, Array]:
@@ -30,18 +30,6 @@ class Full:
     def transpose(self, jacobian: Array) -> Array:
         """Swap the last two axes; see `Structure`."""
         return jnp.swapaxes(jacobian, -1, -2)
-
-    def scan(
-        self,
-        jacobian: Array,
-        offset: Array,
-        start: Array,
-        *,
-        reverse: bool = False,
-        backend: Backend | None = None,
-    ) -> Array:
-        """Solve the affine recurrence; see `Structure`."""
-        return affine_scan(jacobian, offset, start, reverse=reverse, backend=backend)
 
     def filter(
         self, jacobian: Array, offset: Array, noise: Array, backend: Backend | None

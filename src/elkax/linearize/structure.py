@@ -90,16 +90,8 @@ def pushforward(step: Step, states: Array, inputs: PyTree) -> tuple[Array, Calla
     return jax.linearize(lambda s: jax.vmap(step)(s, inputs), states)
 
 
-class Entrywise:
-    """What structures have in common whose Jacobians are vectors (T, D)."""
-
-    def times(self, jacobian: Array, vectors: Array) -> Array:
-        """Multiply entry by entry; see `Structure`."""
-        return jacobian * vectors
-
-    def transpose(self, jacobian: Array) -> Array:
-        """Return the same; see `Structure`."""
-        return jacobian
+class Scanned:
+    """What structures have in common whose Jacobians `affine_scan` takes, (T, D) or (T, D, D)."""
 
     def scan(
         self,
@@ -112,3 +104,15 @@ class Entrywise:
     ) -> Array:
         """Solve the affine recurrence; see `Structure`."""
         return affine_scan(jacobian, offset, start, reverse=reverse, backend=backend)
+
+
+class Entrywise(Scanned):
+    """What structures have in common whose Jacobians are vectors (T, D)."""
+
+    def times(self, jacobian: Array, vectors: Array) -> Array:
+        """Multiply entry by entry; see `Structure`."""
+        return jacobian * vectors
+
+    def transpose(self, jacobian: Array) -> Array:
+        """Return the same; see `Structure`."""
+        return jacobian

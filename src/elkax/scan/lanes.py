@@ -231,6 +231,7 @@ def add_identity(near: Shaped[Array, "n *lanes_e"], a: Shaped[Array, "n n *lanes
 
 def subtract(a: Shaped[Array, "n k *lanes_a"], b: Shaped[Array, "n n *lanes_b"]) -> Array:
     r"""Compute $A - B$, and what rounding leaves out of it if that of A stands to its right."""
+    a, b = align(a, 2, b, 2)
     high, low = halves(a)
     return a - b if low is None else with_rest(*two_sum(high, low - b))
 
