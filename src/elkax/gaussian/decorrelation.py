@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from elkax.gaussian.factor import unit_ldl
+from elkax.gaussian.factor import unit_ldl, unit_ldl_change
 from elkax.gaussian.model import Model
 from elkax.scan.fallback import where_sound
 from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes
@@ -45,23 +45,16 @@ def decorrelate(
     if isinstance(exact, jax.core.Tracer) or bool(exact.any()):
         order = jnp.argsort(exact, axis=-1, stable=True)
         rows, cov, values, observed = _reorder(order, rows, cov, values, observed)
-    whole = needs_no_own_factor(observed)
-    if cov.ndim == 3:
-        return *_decorrelate_each(rows, cov, values, observed), observed
-    if not isinstance(whole, jax.core.Tracer) and bool(whole.all()):
-        return *_decorrelate_alike(rows, cov, values), observed
-
-    def alike() -> tuple[Array, Array, Array]:
-        new_rows, variances, new_values = _decorrelate_alike(rows, cov, values)
-        length = (values.shape[0],)
-        return (
-            jnp.broadcast_to(new_rows, length + new_rows.shape[-2:]),
-            jnp.broadcast_to(variances, length + variances.shape),
-            new_values,
-        )
-
-    new = where_sound(whole, alike, lambda: _decorrelate_each(rows, cov, values, observed))
-    return *new, observed
+    inverse, variances = _factor(cov if cov.ndim == 2 else to_lanes(cov), to_lanes(observed))
+    constant = inverse.ndim == 2
+    new_rows = matmul(inverse, rows if rows.ndim == 2 else to_lanes(rows))
+    new_values = from_lanes(matvec(inverse, to_lanes(values)))
+    return (
+        new_rows if constant and rows.ndim == 2 else from_lanes(new_rows),
+        variances if constant else from_lanes(variances),
+        new_values,
+        observed,
+    )
 
 
 def needs_no_own_factor(observed: Array) -> Array:
@@ -86,23 +79,49 @@ def _reorder(
     )
 
 
-def _decorrelate_alike(rows: Array, cov: Array, values: Array) -> tuple[Array, Array, Array]:
-    """Decorrelate with one factor for all times."""
-    inverse, variances = unit_ldl(cov)
-    h = rows if rows.ndim == 2 else to_lanes(rows)
-    new_rows = matmul(inverse, h)
-    new_values = from_lanes(matvec(inverse, to_lanes(values)))
-    return new_rows if rows.ndim == 2 else from_lanes(new_rows), variances, new_values
+def _masked(cov: Array, observed: Array) -> Array:
+    """Give missing entries an error of variance one of their own, (N, N, T)."""
+    eye = jnp.eye(cov.shape[0], dtype=cov.dtype)[..., None]
+    cov = cov[..., None] if cov.ndim == 2 else cov
+    return jnp.where(observed[:, None] & observed[None], cov, eye)
 
 
-def _decorrelate_each(
-    rows: Array, cov: Array, values: Array, observed: Array
-) -> tuple[Array, Array, Array]:
-    """Decorrelate what is observed at every time with a factor of its own."""
-    mask = to_lanes(observed)
-    r = cov[..., None] if cov.ndim == 2 else to_lanes(cov)
-    eye = jnp.eye(cov.shape[-1], dtype=cov.dtype)[..., None]
-    inverse, variances = unit_ldl(jnp.where(mask[:, None] & mask[None], r, eye))
-    new_rows = matmul(inverse, rows if rows.ndim == 2 else to_lanes(rows))
-    new_values = matvec(inverse, to_lanes(values))
-    return from_lanes(new_rows), from_lanes(variances), from_lanes(new_values)
+@jax.custom_jvp
+def _factor(cov: Array, observed: Array) -> tuple[Array, Array]:
+    r"""Compute $L^{-1}$ and r over the observed entries.
+
+    A constant R has one factor for all times at which no entry or every entry is missing.
+
+    Args:
+        cov: $R$ (N, N) or (N, N, T).
+        observed: (N, T).
+
+    Returns:
+        (N, N) and (N,), or (N, N, T) and (N, T).
+    """
+    whole = needs_no_own_factor(observed.T)
+    if cov.ndim == 2 and not isinstance(whole, jax.core.Tracer) and bool(whole.all()):
+        return unit_ldl(cov)
+
+    def each() -> tuple[Array, Array]:
+        return unit_ldl(_masked(cov, observed))
+
+    def alike() -> tuple[Array, Array]:
+        times = observed.shape[-1:]
+        return jax.tree.map(
+            lambda part: jnp.broadcast_to(part[..., None], part.shape + times), unit_ldl(cov)
+        )
+
+    return each() if cov.ndim == 3 else where_sound(whole, alike, each)
+
+
+@_factor.defjvp
+def _factor_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    cov, observed = primals
+    change, _ = tangents
+    inverse, variances = _factor(cov, observed)
+    if inverse.ndim == 2:
+        return (inverse, variances), unit_ldl_change(inverse, variances, cov, change)
+    change = jnp.where(observed[:, None] & observed[None], change[..., None] if change.ndim == 2 else change, 0.0)
+    moved = unit_ldl_change(inverse, variances, _masked(cov, observed), change)
+    return (inverse, variances), moved

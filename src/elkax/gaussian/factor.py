@@ -231,13 +231,15 @@ def solve_regular(
     return factor, cho_solve(factor, b, written_out=True)
 
 
+@jax.custom_jvp
 def unit_ldl(
     r: Float[Array, "n n *lanes"],
 ) -> tuple[Float[Array, "n n *lanes"], Float[Array, "n *lanes"]]:
     r"""Compute the inverse of the unit lower $L$, and $d$, with $R = L\,\mathrm{diag}(d)L^\top$.
 
     The rows of $L^{-1}$ turn correlated measurements into uncorrelated ones. Semi-definite
-    $R$ is allowed: a zero pivot leaves its column alone and $d_j = 0$.
+    $R$ is allowed: a zero pivot leaves its column alone and $d_j = 0$. See `unit_ldl_change` for
+    the derivative.
 
     Args:
         r: symmetric positive semi-definite.
@@ -245,13 +247,13 @@ def unit_ldl(
     Returns:
         $L^{-1}$ (unit lower) and $d$.
     """
-    size, tolerance = r.shape[0], 4 * r.shape[0] * jnp.finfo(r.dtype).eps
+    size = r.shape[0]
     below = jnp.arange(size).reshape((size,) + (1,) * (r.ndim - 2))
     eye = lanes.identity(size, r.shape[2:], r.dtype)
 
     def eliminate(j: Index, work: Array) -> Array:
         schur, inverse = work[:, :size], work[:, size:]
-        zero = schur[j, j] <= tolerance * r[j, j]
+        zero = _is_zero_pivot(schur[j, j], r[j, j], size)
         multiplier = schur[:, j] / jnp.where(zero, 1.0, schur[j, j])
         multiplier = materialize(jnp.where((below > j) & ~zero, multiplier, 0.0), 1)
         schur = schur - outer(multiplier, schur[j])
@@ -261,6 +263,41 @@ def unit_ldl(
     work = _loop(size, eliminate, jnp.concatenate((r, eye), axis=1))
     pivots = lanes.diagonal_of(work[:, :size])
     return work[:, size:], pivots
+
+
+def _is_zero_pivot(pivot: Array, variance: Array, size: int) -> Array:
+    return pivot <= 4 * size * jnp.finfo(pivot.dtype).eps * variance
+
+
+def unit_ldl_change(inverse: Array, pivots: Array, r: Array, change: Array) -> tuple[Array, Array]:
+    r"""Differentiate `unit_ldl`.
+
+    With $B = L^{-1}$ and $G = B\,dR\,B^\top$, of which the strict lower triangle is
+    $(B\,dL)_{ij}d_j$: $dd_j = G_{jj}$ and $dB = -\Phi B$ with $\Phi_{ij} = G_{ij}/d_j$ below the
+    diagonal, 0 in the column of a zero pivot.
+
+    Args:
+        inverse: $B$.
+        pivots: $d$.
+        r: $R$.
+        change: $dR$, its symmetric part counts.
+
+    Returns:
+        $dB$ and $dd$.
+    """
+    size = inverse.shape[0]
+    moved = matmul(matmul(inverse, symmetrize(change)), transpose(inverse))
+    zero = _is_zero_pivot(pivots, lanes.diagonal_of(r), size)
+    weight = jnp.where(zero, 0.0, 1.0 / jnp.where(zero, 1.0, pivots))
+    strictly_lower = jnp.tril(jnp.ones((size, size), pivots.dtype), -1)
+    below = strictly_lower.reshape((size, size) + (1,) * (inverse.ndim - 2))
+    return -matmul(below * moved * weight[None], inverse), lanes.diagonal_of(moved)
+
+
+@unit_ldl.defjvp
+def _unit_ldl_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple, tuple]:
+    factors = unit_ldl(*primals)
+    return factors, unit_ldl_change(*factors, *primals, *tangents)
 
 
 def symmetrize(p: Float[Array, "n n *lanes"]) -> Float[Array, "n n *lanes"]:

@@ -84,9 +84,9 @@ def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
         return share_mask(lambda m: jnp.sum(log_density(filter_moments(m, form, backend))), model)
 
     def density_and_score(model: Model) -> tuple[Array, Model]:
-        model = uncorrelate(model)
-        filtered = filter_moments(model, form, backend)
-        return jnp.sum(log_density(filtered)), _score(model, filtered, backend)
+        plain, pull_back = _differentiable(model)
+        filtered = filter_moments(plain, form, backend)
+        return jnp.sum(log_density(filtered)), pull_back(_score(plain, filtered, backend))
 
     @jax.custom_jvp
     def value(model: Model) -> Array:
@@ -95,15 +95,33 @@ def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
     @value.defjvp
     def _jvp(primals: tuple[Model], tangents: tuple[Model]) -> tuple[Array, Array]:
         value, gradient = share_mask(density_and_score, *primals)
-        _, change = jax.jvp(uncorrelate, primals, tangents)
         terms = [
             jnp.sum(g * d)
-            for g, d in zip(gradient, change, strict=True)
+            for g, d in zip(gradient, *tangents, strict=True)
             if g is not None and d is not None and d.dtype == g.dtype
         ]
         return value, jnp.sum(jnp.stack(terms))
 
     return value(model)
+
+
+def _differentiable(model: Model) -> tuple[Model, Callable[[Model], Model]]:
+    """Return `uncorrelate(model)`, and what turns a gradient in its fields into one in the model's."""
+    if model.correlated is None:
+        return model, lambda gradient: gradient
+
+    def resolve(rows: Array, correlated: Array, values: Array) -> tuple[tuple, Model]:
+        plain = uncorrelate(model._replace(rows=rows, correlated=correlated, values=values))
+        return (plain.rows, plain.variances, plain.values), plain
+
+    arguments = model.rows, model.correlated, model.values
+    _, pull, plain = jax.vjp(resolve, *arguments, has_aux=True)
+
+    def pull_back(gradient: Model) -> Model:
+        rows, correlated, values = pull((gradient.rows, gradient.variances, gradient.values))
+        return gradient._replace(rows=rows, variances=None, correlated=correlated, values=values)
+
+    return plain, pull_back
 
 
 def _score(model: Model, filtered: FilterOutput, backend: Backend | None) -> Model:
