@@ -55,7 +55,9 @@ def filter_model(model: Model, form: Any, backend: Backend | None) -> FilterOutp
     start = (zero, zero, form.exact(jnp.zeros_like(model.initial_cov)))
     kalman = KalmanFilter(constant_part(stored), form)
     xs = over_time(lambda field, rank: field, stored)
-    return run(kalman, start, xs, backend=backend, state_dim=size)[1]
+    output = run(kalman, start, xs, backend=backend, state_dim=size)[1]
+    # The same, without a copy.
+    return output._replace(observed=model.observed)
 
 
 def before(filtered: FilterOutput) -> State:

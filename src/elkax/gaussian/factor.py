@@ -265,6 +265,15 @@ def unit_ldl(
     return work[:, size:], pivots
 
 
+def unit_ldl_weights(r: Float[Array, "n n *lanes"], pivots: Array) -> Array:
+    r"""Compute $1/d_j$ below the diagonal, (n, n, lanes), 0 in the column of a zero pivot."""
+    size = len(pivots)
+    zero = _is_zero_pivot(pivots, lanes.diagonal_of(r), size)
+    below = jnp.tril(jnp.ones((size, size), pivots.dtype), -1)
+    below = below.reshape((size, size) + (1,) * (pivots.ndim - 1))
+    return below * jnp.where(zero, 0.0, 1.0 / jnp.where(zero, 1.0, pivots))[None]
+
+
 def _is_zero_pivot(pivot: Array, variance: Array, size: int) -> Array:
     return pivot <= 4 * size * jnp.finfo(pivot.dtype).eps * variance
 
@@ -285,13 +294,9 @@ def unit_ldl_change(inverse: Array, pivots: Array, r: Array, change: Array) -> t
     Returns:
         $dB$ and $dd$.
     """
-    size = inverse.shape[0]
     moved = matmul(matmul(inverse, symmetrize(change)), transpose(inverse))
-    zero = _is_zero_pivot(pivots, lanes.diagonal_of(r), size)
-    weight = jnp.where(zero, 0.0, 1.0 / jnp.where(zero, 1.0, pivots))
-    strictly_lower = jnp.tril(jnp.ones((size, size), pivots.dtype), -1)
-    below = strictly_lower.reshape((size, size) + (1,) * (inverse.ndim - 2))
-    return -matmul(below * moved * weight[None], inverse), lanes.diagonal_of(moved)
+    moved, weights = lanes.align(moved, 2, unit_ldl_weights(r, pivots), 2)
+    return -matmul(moved * weights, inverse), lanes.diagonal_of(moved)
 
 
 @unit_ldl.defjvp

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from elkax.gaussian.costates import before, continues, filter_model, find_costates, next_weights
 from elkax.gaussian.covariance import Covariance
-from elkax.gaussian.decorrelation import uncorrelate
+from elkax.gaussian.decorrelation import uncorrelate, uncorrelate_and_pull_back
 from elkax.gaussian.kalman import FilterOutput, KalmanFilter, fold_rows, log_density
 from elkax.gaussian.model import RANKS, Model, constant_part, merge, over_time
 from elkax.gaussian.sharing import share_mask
@@ -84,7 +84,7 @@ def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
         return share_mask(lambda m: jnp.sum(log_density(filter_moments(m, form, backend))), model)
 
     def density_and_score(model: Model) -> tuple[Array, Model]:
-        plain, pull_back = _differentiable(model)
+        plain, pull_back = uncorrelate_and_pull_back(model)
         filtered = filter_moments(plain, form, backend)
         return jnp.sum(log_density(filtered)), pull_back(_score(plain, filtered, backend))
 
@@ -103,25 +103,6 @@ def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
         return value, jnp.sum(jnp.stack(terms))
 
     return value(model)
-
-
-def _differentiable(model: Model) -> tuple[Model, Callable[[Model], Model]]:
-    """Return `uncorrelate(model)`, and what turns a gradient in its fields into one in the model's."""
-    if model.correlated is None:
-        return model, lambda gradient: gradient
-
-    def resolve(rows: Array, correlated: Array, values: Array) -> tuple[tuple, Model]:
-        plain = uncorrelate(model._replace(rows=rows, correlated=correlated, values=values))
-        return (plain.rows, plain.variances, plain.values), plain
-
-    arguments = model.rows, model.correlated, model.values
-    _, pull, plain = jax.vjp(resolve, *arguments, has_aux=True)
-
-    def pull_back(gradient: Model) -> Model:
-        rows, correlated, values = pull((gradient.rows, gradient.variances, gradient.values))
-        return gradient._replace(rows=rows, variances=None, correlated=correlated, values=values)
-
-    return plain, pull_back
 
 
 def _score(model: Model, filtered: FilterOutput, backend: Backend | None) -> Model:

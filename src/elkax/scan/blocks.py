@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from elkax.scan import lanes
 from elkax.scan.fallback import where_sound
 from elkax.scan.layout import from_blocks, to_blocks
+from elkax.scan.packing import Packed, pack
 from elkax.scan.protocol import (
     Centred,
     Scannable,
@@ -63,55 +64,58 @@ def run_in_blocks(
     padding = steps * blocks - length
     if blocks == 1:
         return Sequential()(scannable, state, xs, reverse=reverse)
-    rows = jax.tree.map(lambda x: to_blocks(x, steps, blocks, padding, reverse), xs)
+    packing, arrays = pack(xs)
+    packed = Packed(scannable, packing)
+    rows = [to_blocks(x, steps, blocks, padding, reverse) for x in arrays]
     empty = scannable.identity((blocks,), state_dtype(state))
-    totals = _summarise(scannable, empty, rows, reverse)
+    totals = _summarise(packed, empty, rows, reverse)
     # No state is carried over the block that is run last, so its summary is not used.
     used = slice(1, None) if reverse else slice(0, -1)
-    totals = jax.tree.map(lambda leaf: leaf[..., used], totals)
 
     def parallel() -> tuple[State, PyTree]:
-        starts = find_starts(scannable, state, totals, reverse)
-        last, outputs = _run_from(scannable, starts, rows, padding, reverse)
+        jumps = jax.tree.map(lambda leaf: leaf[..., used], totals)
+        starts = find_starts(scannable, state, jumps, reverse)
+        last, outputs = _run_from(packed, starts, rows, padding, reverse)
         end = 0 if reverse else -1
         final = jax.tree.map(lambda leaf: leaf[..., end], last)
         return final, jax.tree.map(
             lambda leaf: from_blocks(leaf, length, padding, reverse), outputs
         )
 
+    sound = scannable.sound(totals)
     return where_sound(
-        scannable.sound(totals),
+        sound if sound is True else sound[..., used],
         parallel,
-        lambda: Sequential()(scannable, state, xs, reverse=reverse),
+        lambda: Sequential()(packed, state, arrays, reverse=reverse),
     )
 
 
-def _summarise(scannable: Scannable, empty: Summary, rows: PyTree, reverse: bool) -> Summary:
+def _summarise(packed: Packed, empty: Summary, rows: list[Array], reverse: bool) -> Summary:
     """Summarise all blocks, in few digits each about the state that its first steps tell."""
 
-    def lengthen(summary: Summary, x: PyTree) -> tuple[Summary, None]:
-        return absorb(scannable, summary, lanes.materialize(x, 0)), None
+    def lengthen(summary: Summary, row: list[Array]) -> tuple[Summary, None]:
+        return absorb(packed, summary, lanes.materialize(row, 1)), None
 
-    dtype = state_dtype(jax.tree.leaves(empty)[0])
+    scannable, dtype = packed.scannable, state_dtype(jax.tree.leaves(empty)[0])
     if isinstance(scannable, Centred) and lanes.is_short(dtype):
         head = slice(-TRIAL, None) if reverse else slice(TRIAL)
-        first = jax.tree.map(lambda leaf: leaf[head], rows)
+        first = [row[head] for row in rows]
         trial, _ = jax.lax.scan(lengthen, empty, first, reverse=reverse)
         empty = scannable.recenter(empty, scannable.locate(trial))
     return jax.lax.scan(lengthen, empty, rows, reverse=reverse)[0]
 
 
 def _run_from(
-    scannable: Scannable, starts: State, rows: PyTree, padding: int, reverse: bool
+    packed: Packed, starts: State, rows: list[Array], padding: int, reverse: bool
 ) -> tuple[State, PyTree]:
     """Run all blocks side by side from their own first states."""
 
-    def advance(before: State, row: PyTree) -> tuple[State, PyTree]:
-        return step(scannable, before, lanes.materialize(row, 0))
+    def advance(before: State, row: list[Array]) -> tuple[State, PyTree]:
+        return step(packed, before, lanes.materialize(row, 1))
 
     if not padding:
         return jax.lax.scan(advance, starts, rows, reverse=reverse)
-    steps, *_, blocks = jax.tree.leaves(rows)[0].shape
+    steps, _, blocks = rows[0].shape
     position = jnp.arange(blocks)[None] * steps + jnp.arange(steps)[:, None]
     real = position >= padding if reverse else position < steps * blocks - padding
 

@@ -199,7 +199,9 @@ def congruence(
 
     The caller materializes the second one.
     """
-    near, rest = split_identity(a)
+    # Split as its transpose, which is what callers have, so that it is computed once.
+    near, rest = split_identity(transpose(a))
+    rest = transpose(rest)
     some, p = align(near, 1, p, 2)
     half = materialize(some[None] * p + inner(p, rest))
     near, half = align(near, 1, half, 2)

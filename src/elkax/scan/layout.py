@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from elkax.scan.lanes import MAX_UNROLLED, materialize
+from elkax.scan.packing import pack
 from elkax.scan.series import (
     Leaves,
     Rule,
@@ -102,10 +103,11 @@ def _map_chunks(
     blocks = min(width, length)
     steps = -(-length // blocks)
     padding = steps * blocks - length
-    rows = jax.tree.map(lambda x: to_blocks(x, steps, blocks, padding), xs)
+    packing, arrays = pack(xs)
+    rows = [to_blocks(x, steps, blocks, padding) for x in arrays]
 
-    def chunk(row: PyTree) -> tuple[PyTree, PyTree]:
-        outputs, totals = function(materialize(row, 0))
+    def chunk(row: list[Array]) -> tuple[PyTree, PyTree]:
+        outputs, totals = function(packing.unpack(materialize(row, 1)))
         return outputs, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=-1), totals)
 
     outputs, totals = jax.lax.map(chunk, rows)

@@ -288,7 +288,7 @@ def _assemble(
         observed = observed & valid[:, None]
     residual = jnp.where(observed, emissions - shift, 0.0)
     parts = (initial.mean, initial.cov, *moving.values(), h, shift, r)
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in parts]))
+    finite = jnp.all(jnp.isfinite(jnp.concatenate([jnp.ravel(part) for part in parts])))
     model = Model(
         initial_mean=initial.mean,
         initial_cov=initial.cov,
