@@ -1,7 +1,6 @@
 """Measurements with correlated errors turned into measurements with uncorrelated ones."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +13,6 @@ from elkax.scan.fallback import where_sound
 from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes, transpose
 
 
-class Measurements(NamedTuple):
-    r"""Measurements of all times, of which some may be missing.
-
-    Attributes:
-        rows: $H$ (N, D) or (T, N, D).
-        cov: $R$ (N, N) or (T, N, N).
-        values: (T, N), zero where missing.
-        observed: (T, N).
-    """
-
-    rows: Array
-    cov: Array
-    values: Array
-    observed: Array
-
-
 def uncorrelate(model: Model) -> Model:
     """Return the same model with uncorrelated measurement errors."""
     return uncorrelate_and_pull_back(model)[0]
@@ -40,12 +23,12 @@ def uncorrelate_and_pull_back(model: Model) -> tuple[Model, Callable[[Model], Mo
 
     With $R = L\,\mathrm{diag}(r)L^\top$ over the observed entries, L unit lower, $B = L^{-1}$:
     $y \leftarrow By$, $H \leftarrow BH$, errors with variances r. They vary in time if R or H does,
-    or if some rows may be partly missing. Singular R is allowed: measurements without error come
-    last, where no multiplier is divided by their zero pivots, so that the factor has a derivative.
+    or if some rows may be partly missing. Singular R is allowed; see `unit_ldl`.
 
     A gradient $\bar H, \bar r, \bar y$ in the new fields is $B^\top\bar H$, $B^\top\bar y$ and, in
-    R, the symmetric part of $B^\top GB$ where $G_{jj} = \bar r_j$, below the diagonal
-    $G_{ij} = -(\bar H(BH)^\top + \bar y(By)^\top)_{ij}/r_j$; see `unit_ldl_change`.
+    R, the symmetric part of $B^\top GB$ where $G_{jj} = \bar r_j$, and
+    $G_{ij} = -(\bar H(BH)^\top + \bar y(By)^\top)_{ij}/r_j$ if i comes after j; see
+    `unit_ldl_change`.
 
     Returns:
         The model with uncorrelated errors, and the function of its gradient.
@@ -55,18 +38,15 @@ def uncorrelate_and_pull_back(model: Model) -> tuple[Model, Callable[[Model], Mo
     if model.correlated.shape[-1] == 1:
         plain = model._replace(correlated=None, variances=model.correlated[..., 0])
         return plain, lambda g: g._replace(variances=None, correlated=g.variances[..., None])
-    given = Measurements(model.rows, model.correlated, model.values, model.observed)
-    order = _exact_last(given.cov)
-    data = given if order is None else _reorder(order, given)
-    inverse, variances = _factor(_in_lanes(data.cov, 2), to_lanes(data.observed))
-    rows = matmul(inverse, _in_lanes(data.rows, 2))
-    values = matvec(inverse, to_lanes(data.values))
+    cov, observed = _in_lanes(model.correlated, 2), to_lanes(model.observed)
+    inverse, variances = _factor(cov, observed)
+    rows = matmul(inverse, _in_lanes(model.rows, 2))
+    values = matvec(inverse, to_lanes(model.values))
     plain = model._replace(
         correlated=None,
         rows=_in_time(rows, 2),
         variances=_in_time(variances, 1),
         values=from_lanes(values),
-        observed=data.observed,
     )
 
     def pull_back(gradient: Model) -> Model:
@@ -74,28 +54,20 @@ def uncorrelate_and_pull_back(model: Model) -> tuple[Model, Callable[[Model], Mo
         y, back = to_lanes(gradient.values), transpose(inverse)
         moments = lanes.product(h, transpose(rows)), lanes.outer(y, values)
         if inverse.ndim == 2:
-            cov = data.cov
             moments = [m if m.ndim == 2 else m.sum(-1) for m in moments]
+            weights = unit_ldl_weights(cov, variances)
         else:
-            cov = _masked(_in_lanes(data.cov, 2), to_lanes(data.observed))
-        eye = lanes.identity(len(r), variances.shape[1:], r.dtype)
-        inner = eye * r[None] - unit_ldl_weights(cov, variances) * sum(moments)
-        change = symmetrize(matmul(back, matmul(lanes.materialize(inner), inverse)))
+            weights = unit_ldl_weights(_masked(cov, observed), variances)
+        eye = lanes.identity(len(r), r.shape[1:], r.dtype)
+        inner = lanes.materialize(eye * r[None] - weights * sum(moments))
+        change = symmetrize(matmul(back, matmul(inner, inverse)))
         if inverse.ndim > 2:
-            change = jnp.where(_both(to_lanes(data.observed)), change, 0.0)
-        moved = Measurements(
-            _sum_as(data.rows, _in_time(matmul(back, h), 2)),
-            _sum_as(data.cov, _in_time(change, 2)),
-            from_lanes(matvec(back, y)),
-            data.observed,
-        )
-        if order is not None:
-            moved = _reorder(jnp.argsort(order, axis=-1), moved)
+            change = jnp.where(_both(observed), change, 0.0)
         return gradient._replace(
-            rows=_sum_as(given.rows, moved.rows),
+            rows=_sum_as(model.rows, _in_time(matmul(back, h), 2)),
             variances=None,
-            correlated=moved.cov,
-            values=moved.values,
+            correlated=_sum_as(model.correlated, _in_time(change, 2)),
+            values=from_lanes(matvec(back, y)),
         )
 
     return plain, pull_back
@@ -117,33 +89,6 @@ def _sum_as(given: Array, change: Array) -> Array:
 def needs_no_own_factor(observed: Array) -> Array:
     """Tell for every time (T,) whether all of its entries are observed, or none."""
     return observed.all(1) | ~observed.any(1)
-
-
-def _exact_last(cov: Array) -> Array | None:
-    """Give an order with measurements without error last, (N,) or (T, N); None if known to be so.
-
-    """
-    exact = jnp.diagonal(cov, axis1=-2, axis2=-1) == 0
-    if not isinstance(exact, jax.core.Tracer) and not exact.any():
-        return None
-    return jnp.argsort(exact, axis=-1, stable=True)
-
-
-def _reorder(order: Array, data: Measurements) -> Measurements:
-    """Put measurements into an order, (N,) or (T, N)."""
-    rows, cov, values, observed = data
-    if order.ndim == 1:
-        cov = cov[order][:, order]
-        rows = jnp.take(rows, order, axis=-2)
-        return Measurements(rows, cov, values[:, order], observed[:, order])
-    rows = jnp.broadcast_to(rows, (len(order), *rows.shape[-2:]))
-    cov = jnp.take_along_axis(cov, order[:, :, None], axis=1)
-    return Measurements(
-        jnp.take_along_axis(rows, order[:, :, None], axis=1),
-        jnp.take_along_axis(cov, order[:, None, :], axis=2),
-        jnp.take_along_axis(values, order, axis=1),
-        jnp.take_along_axis(observed, order, axis=1),
-    )
 
 
 def _masked(cov: Array, observed: Array) -> Array:

@@ -239,23 +239,24 @@ def unit_ldl(
 
     The rows of $L^{-1}$ turn correlated measurements into uncorrelated ones. Semi-definite
     $R$ is allowed: a zero pivot leaves its column alone and $d_j = 0$. See `unit_ldl_change` for
-    the derivative.
+    the derivative. It exists where a measurement has no error, $R_{ii} = 0$, because such a
+    measurement comes after all others, wherever it stands: L is lower in that order.
 
     Args:
         r: symmetric positive semi-definite.
 
     Returns:
-        $L^{-1}$ (unit lower) and $d$.
+        $L^{-1}$ and $d$.
     """
     size = r.shape[0]
-    below = jnp.arange(size).reshape((size,) + (1,) * (r.ndim - 2))
+    after = _comes_after(r)
     eye = lanes.identity(size, r.shape[2:], r.dtype)
 
     def eliminate(j: Index, work: Array) -> Array:
         schur, inverse = work[:, :size], work[:, size:]
         zero = _is_zero_pivot(schur[j, j], r[j, j], size)
         multiplier = schur[:, j] / jnp.where(zero, 1.0, schur[j, j])
-        multiplier = materialize(jnp.where((below > j) & ~zero, multiplier, 0.0), 1)
+        multiplier = materialize(jnp.where(after[:, j] & ~zero, multiplier, 0.0), 1)
         schur = schur - outer(multiplier, schur[j])
         inverse = inverse - outer(multiplier, inverse[j])
         return jnp.concatenate((schur, inverse), axis=1)
@@ -266,12 +267,19 @@ def unit_ldl(
 
 
 def unit_ldl_weights(r: Float[Array, "n n *lanes"], pivots: Array) -> Array:
-    r"""Compute $1/d_j$ below the diagonal, (n, n, lanes), 0 in the column of a zero pivot."""
-    size = len(pivots)
-    zero = _is_zero_pivot(pivots, lanes.diagonal_of(r), size)
-    below = jnp.tril(jnp.ones((size, size), pivots.dtype), -1)
-    below = below.reshape((size, size) + (1,) * (pivots.ndim - 1))
-    return below * jnp.where(zero, 0.0, 1.0 / jnp.where(zero, 1.0, pivots))[None]
+    r"""Compute $1/d_j$ where i comes after j, (n, n, lanes), 0 elsewhere and at zero pivots."""
+    zero = _is_zero_pivot(pivots, lanes.diagonal_of(r), len(pivots))
+    inverse = jnp.where(zero, 0.0, 1.0 / jnp.where(zero, 1.0, pivots))
+    return jnp.where(_comes_after(r), inverse[None], 0.0)
+
+
+def _comes_after(r: Array) -> Array:
+    """Tell whether i comes after j in the order of elimination, (n, n, lanes)."""
+    size = r.shape[0]
+    below = jnp.tril(jnp.ones((size, size), bool), -1).reshape((size, size) + (1,) * (r.ndim - 2))
+    exact = lanes.diagonal_of(r) == 0
+    first, second = exact[:, None], exact[None]
+    return (first & ~second) | ((first == second) & below)
 
 
 def _is_zero_pivot(pivot: Array, variance: Array, size: int) -> Array:
@@ -281,9 +289,9 @@ def _is_zero_pivot(pivot: Array, variance: Array, size: int) -> Array:
 def unit_ldl_change(inverse: Array, pivots: Array, r: Array, change: Array) -> tuple[Array, Array]:
     r"""Differentiate `unit_ldl`.
 
-    With $B = L^{-1}$ and $G = B\,dR\,B^\top$, of which the strict lower triangle is
-    $(B\,dL)_{ij}d_j$: $dd_j = G_{jj}$ and $dB = -\Phi B$ with $\Phi_{ij} = G_{ij}/d_j$ below the
-    diagonal, 0 in the column of a zero pivot.
+    With $B = L^{-1}$ and $G = B\,dR\,B^\top$, which is $(B\,dL)_{ij}d_j$ where i comes after j:
+    $dd_j = G_{jj}$ and $dB = -\Phi B$ with $\Phi_{ij} = G_{ij}/d_j$ there, 0 in the column of a
+    zero pivot.
 
     Args:
         inverse: $B$.

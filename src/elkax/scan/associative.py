@@ -50,8 +50,9 @@ def _apply_prefixes(scannable: Scannable, state: State, totals: Summary, reverse
     def turn(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: jnp.flip(leaf, -1), tree) if reverse else tree
 
-    prefixes = _prefixes(scannable, turn(totals))
-    count = jax.tree.leaves(totals)[0].shape[-1]
+    # No state is carried over the block that is run last.
+    prefixes = _prefixes(scannable, jax.tree.map(lambda leaf: leaf[..., :-1], turn(totals)))
+    count = jax.tree.leaves(totals)[0].shape[-1] - 1
     first = jax.tree.map(lambda leaf: leaf[..., None], state)
     spread = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, -1), first)
     after = scannable.apply(prefixes, spread)

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from elkax.scan import lanes
 from elkax.scan.blocks import check_block_count, run_in_blocks
@@ -42,14 +41,8 @@ def _jump(scannable: Scannable, state: State, totals: Summary, reverse: bool) ->
     """Give the state before every block, jumping from one to the next."""
 
     def jump(before: State, total: Summary) -> tuple[State, State]:
-        after = scannable.apply(total, before)
-        return after, after
+        return scannable.apply(total, before), before
 
     totals = jax.tree.map(lanes.from_lanes, totals)
     _, starts = jax.lax.scan(jump, state, totals, reverse=reverse)
-
-    def join(first: Array, rest: Array) -> Array:
-        parts = (rest, first[None]) if reverse else (first[None], rest)
-        return jnp.moveaxis(jnp.concatenate(parts), 0, -1)
-
-    return jax.tree.map(join, state, starts)
+    return jax.tree.map(lanes.to_lanes, starts)

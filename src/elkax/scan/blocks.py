@@ -4,12 +4,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from elkax.scan import lanes
 from elkax.scan.fallback import where_sound
-from elkax.scan.layout import from_blocks, to_blocks
-from elkax.scan.packing import Packed, pack
+from elkax.scan.layout import block_shape, from_blocks, to_blocks
 from elkax.scan.protocol import (
     Centred,
     Scannable,
@@ -25,8 +24,8 @@ from elkax.scan.sequential import Sequential
 # So many steps tell where a block began, well enough to keep digits.
 TRIAL = 8
 
-# From the first state and the summaries of all blocks but the one run last, the state before each
-# block; blocks in the last axis, and the last argument tells whether they run backwards.
+# From the first state and the summaries of all blocks, the state before each block; blocks in the
+# last axis, and the last argument tells whether they run backwards.
 FindStarts = Callable[[Scannable, State, Summary, bool], State]
 
 
@@ -59,63 +58,55 @@ def run_in_blocks(
         reverse: run from the last input to the first.
     """
     length = sequence_length(xs)
-    steps = -(-length // min(num_blocks, length))
-    blocks = -(-length // steps)
-    padding = steps * blocks - length
+    steps, blocks, padding = block_shape(length, num_blocks)
     if blocks == 1:
         return Sequential()(scannable, state, xs, reverse=reverse)
-    packing, arrays = pack(xs)
-    packed = Packed(scannable, packing)
-    rows = [to_blocks(x, steps, blocks, padding, reverse) for x in arrays]
+    rows = jax.tree.map(lambda x: to_blocks(x, steps, blocks, padding, reverse), xs)
     empty = scannable.identity((blocks,), state_dtype(state))
-    totals = _summarise(packed, empty, rows, reverse)
-    # No state is carried over the block that is run last, so its summary is not used.
-    used = slice(1, None) if reverse else slice(0, -1)
+    totals = _summarise(scannable, empty, rows, reverse)
 
     def parallel() -> tuple[State, PyTree]:
-        jumps = jax.tree.map(lambda leaf: leaf[..., used], totals)
-        starts = find_starts(scannable, state, jumps, reverse)
-        last, outputs = _run_from(packed, starts, rows, padding, reverse)
+        starts = find_starts(scannable, state, totals, reverse)
+        last, outputs = _run_from(scannable, starts, rows, padding, reverse)
         end = 0 if reverse else -1
         final = jax.tree.map(lambda leaf: leaf[..., end], last)
         return final, jax.tree.map(
             lambda leaf: from_blocks(leaf, length, padding, reverse), outputs
         )
 
-    sound = scannable.sound(totals)
     return where_sound(
-        sound if sound is True else sound[..., used],
+        scannable.sound(totals),
         parallel,
-        lambda: Sequential()(packed, state, arrays, reverse=reverse),
+        lambda: Sequential()(scannable, state, xs, reverse=reverse),
     )
 
 
-def _summarise(packed: Packed, empty: Summary, rows: list[Array], reverse: bool) -> Summary:
+def _summarise(scannable: Scannable, empty: Summary, rows: PyTree, reverse: bool) -> Summary:
     """Summarise all blocks, in few digits each about the state that its first steps tell."""
 
-    def lengthen(summary: Summary, row: list[Array]) -> tuple[Summary, None]:
-        return absorb(packed, summary, lanes.materialize(row, 1)), None
+    def lengthen(summary: Summary, x: PyTree) -> tuple[Summary, None]:
+        return absorb(scannable, summary, lanes.materialize(x, 0)), None
 
-    scannable, dtype = packed.scannable, state_dtype(jax.tree.leaves(empty)[0])
+    dtype = state_dtype(jax.tree.leaves(empty)[0])
     if isinstance(scannable, Centred) and lanes.is_short(dtype):
         head = slice(-TRIAL, None) if reverse else slice(TRIAL)
-        first = [row[head] for row in rows]
+        first = jax.tree.map(lambda leaf: leaf[head], rows)
         trial, _ = jax.lax.scan(lengthen, empty, first, reverse=reverse)
         empty = scannable.recenter(empty, scannable.locate(trial))
     return jax.lax.scan(lengthen, empty, rows, reverse=reverse)[0]
 
 
 def _run_from(
-    packed: Packed, starts: State, rows: list[Array], padding: int, reverse: bool
+    scannable: Scannable, starts: State, rows: PyTree, padding: int, reverse: bool
 ) -> tuple[State, PyTree]:
     """Run all blocks side by side from their own first states."""
 
-    def advance(before: State, row: list[Array]) -> tuple[State, PyTree]:
-        return step(packed, before, lanes.materialize(row, 1))
+    def advance(before: State, row: PyTree) -> tuple[State, PyTree]:
+        return step(scannable, before, lanes.materialize(row, 0))
 
     if not padding:
         return jax.lax.scan(advance, starts, rows, reverse=reverse)
-    steps, _, blocks = rows[0].shape
+    steps, *_, blocks = jax.tree.leaves(rows)[0].shape
     position = jnp.arange(blocks)[None] * steps + jnp.arange(steps)[:, None]
     real = position >= padding if reverse else position < steps * blocks - padding
 
