@@ -13,12 +13,14 @@ from elkax.scan.fallback import where_sound
 from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes, transpose
 
 
-def uncorrelate(model: Model) -> Model:
-    """Return the same model with uncorrelated measurement errors."""
-    return uncorrelate_and_pull_back(model)[0]
+def uncorrelate(model: Model, *, alike: bool = False) -> Model:
+    """Return the same model with uncorrelated measurement errors; see below."""
+    return uncorrelate_and_pull_back(model, alike=alike)[0]
 
 
-def uncorrelate_and_pull_back(model: Model) -> tuple[Model, Callable[[Model], Model]]:
+def uncorrelate_and_pull_back(
+    model: Model, *, alike: bool = False
+) -> tuple[Model, Callable[[Model], Model]]:
     r"""Decorrelate, and tell what turns a gradient in the new fields into one in the model's own.
 
     With $R = L\,\mathrm{diag}(r)L^\top$ over the observed entries, L unit lower, $B = L^{-1}$:
@@ -30,6 +32,11 @@ def uncorrelate_and_pull_back(model: Model) -> tuple[Model, Callable[[Model], Mo
     $G_{ij} = -(\bar H(BH)^\top + \bar y(By)^\top)_{ij}/r_j$ if i comes after j; see
     `unit_ldl_change`.
 
+    Args:
+        model: the model.
+        alike: whether it is known that R is constant and that no entry or every entry is missing at
+            all times; one factor is then enough.
+
     Returns:
         The model with uncorrelated errors, and the function of its gradient.
     """
@@ -39,7 +46,7 @@ def uncorrelate_and_pull_back(model: Model) -> tuple[Model, Callable[[Model], Mo
         plain = model._replace(correlated=None, variances=model.correlated[..., 0])
         return plain, lambda g: g._replace(variances=None, correlated=g.variances[..., None])
     cov, observed = _in_lanes(model.correlated, 2), to_lanes(model.observed)
-    inverse, variances = _factor(cov, observed)
+    inverse, variances = unit_ldl(cov) if alike else _factor(cov, observed)
     rows = matmul(inverse, _in_lanes(model.rows, 2))
     values = matvec(inverse, to_lanes(model.values))
     plain = model._replace(
@@ -114,11 +121,8 @@ def _factor(cov: Array, observed: Array) -> tuple[Array, Array]:
         observed: (N, T).
 
     Returns:
-        (N, N) and (N,), or (N, N, T) and (N, T).
+        (N, N, T) and (N, T).
     """
-    whole = needs_no_own_factor(observed.T)
-    if cov.ndim == 2 and not isinstance(whole, jax.core.Tracer) and bool(whole.all()):
-        return unit_ldl(cov)
 
     def each() -> tuple[Array, Array]:
         return unit_ldl(_masked(cov, observed))
@@ -129,7 +133,9 @@ def _factor(cov: Array, observed: Array) -> tuple[Array, Array]:
             lambda part: jnp.broadcast_to(part[..., None], part.shape + times), unit_ldl(cov)
         )
 
-    return each() if cov.ndim == 3 else where_sound(whole, alike, each)
+    if cov.ndim == 3:
+        return each()
+    return where_sound(needs_no_own_factor(observed.T), alike, each)
 
 
 @_factor.defjvp
@@ -137,8 +143,6 @@ def _factor_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     cov, observed = primals
     change, _ = tangents
     inverse, variances = _factor(cov, observed)
-    if inverse.ndim == 2:
-        return (inverse, variances), unit_ldl_change(inverse, variances, cov, change)
     change = jnp.where(_both(observed), change[..., None] if change.ndim == 2 else change, 0.0)
     moved = unit_ldl_change(inverse, variances, _masked(cov, observed), change)
     return (inverse, variances), moved

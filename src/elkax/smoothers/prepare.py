@@ -1,6 +1,7 @@
 """From dynamax parameters and emissions to arrays that the kernels run on."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -107,7 +108,25 @@ def prepare(
     arrays, emissions, inputs = jax.tree.map(
         lambda leaf: leaf.astype(dtype), (arrays, emissions, inputs)
     )
-    return _assemble(arrays, emissions, inputs, valid_steps(length, num_timesteps), continues)
+    r = arrays.emissions.cov
+    full = r.ndim == 3 or r.shape == (emission_dim,) * 2
+    # Known now, R needs but one factor.
+    alike = (
+        full
+        and r.ndim == 2
+        and is_concrete(emissions)
+        and bool(needs_no_own_factor(~np.isnan(np.asarray(emissions))).all())
+    )
+    model, offset, emissions, finite = _assemble(
+        arrays,
+        emissions,
+        inputs,
+        valid_steps(length, num_timesteps),
+        continues=continues,
+        full=full,
+        alike=alike,
+    )
+    return Problem(model, arrays.emissions.weights, offset, r, not full, emissions, finite)
 
 
 def real_array(name: str, value: Any) -> Array:
@@ -261,11 +280,19 @@ def valid_steps(length: ArrayLike | None, num_timesteps: int) -> Array | None:
     return jnp.arange(num_timesteps) < length
 
 
+@partial(jax.jit, static_argnames=("continues", "full", "alike"))
 def _assemble(
-    arrays: ParamsLGSSM, emissions: Array, inputs: Array, valid: Array | None, continues: bool
-) -> Problem:
+    arrays: ParamsLGSSM,
+    emissions: Array,
+    inputs: Array,
+    valid: Array | None,
+    *,
+    continues: bool,
+    full: bool,
+    alike: bool,
+) -> tuple[Model, Array, Array, Array]:
+    """Compute the model, and of a `Problem` offset, emissions and whether all is finite."""
     length, emission_dim = emissions.shape
-    full = arrays.emissions.cov.ndim == 3 or arrays.emissions.cov.shape == (emission_dim,) * 2
     if valid is not None:
         arrays, inputs = _without_padding(arrays, inputs, valid, 2 if full else 1)
     initial, dynamics, emission = arrays
@@ -301,9 +328,9 @@ def _assemble(
         valid=valid,
         correlated=r if full else None,
     )
-    if full and is_concrete(r, observed) and bool(needs_no_own_factor(observed).all()):
-        model = uncorrelate(model)
-    return Problem(model, h, shift, r, not full, jnp.where(observed, emissions, jnp.nan), finite)
+    if alike:
+        model = uncorrelate(model, alike=True)
+    return model, shift, jnp.where(observed, emissions, jnp.nan), finite
 
 
 def _without_padding(
