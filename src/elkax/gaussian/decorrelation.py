@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from elkax.gaussian.factor import symmetrize, unit_ldl, unit_ldl_change, unit_ldl_weights
@@ -93,7 +94,7 @@ def _sum_as(given: Array, change: Array) -> Array:
     return change if change.ndim == given.ndim else change.sum(0)
 
 
-def needs_no_own_factor(observed: Array) -> Array:
+def needs_no_own_factor(observed: Array | np.ndarray) -> Array | np.ndarray:
     """Tell for every time (T,) whether all of its entries are observed, or none."""
     return observed.all(1) | ~observed.any(1)
 

@@ -40,20 +40,24 @@ class Stationary:
                 f"offset {model.offset.shape}"
             )
 
-        def double(carry: tuple, _: None) -> tuple[tuple, None]:
-            weights, mean, cov = carry
-            mean = mean + matvec(weights, mean)
-            cov = Covariance().predict(weights, cov, cov)
-            return (matmul(weights, weights), mean, cov), None
+        mean, cov = _stationary_moments(model.weights, model.offset, model.noise)
+        return model._replace(initial_mean=mean, initial_cov=cov)
 
-        start = (model.weights, model.offset, model.noise)
-        (rest, mean, cov), _ = jax.lax.scan(double, start, None, length=_DOUBLINGS)
-        # A power this high is at rounding level if and only if the dynamics forget their start.
-        settled = jnp.max(jnp.abs(rest)) < jnp.finfo(cov.dtype).eps
-        return model._replace(
-            initial_mean=jnp.where(settled, mean, jnp.nan),
-            initial_cov=jnp.where(settled, cov, jnp.nan),
-        )
+
+@jax.jit
+def _stationary_moments(weights: Array, offset: Array, noise: Array) -> tuple[Array, Array]:
+    """Sum both series by doubling; NaN if they do not settle."""
+
+    def double(carry: tuple, _: None) -> tuple[tuple, None]:
+        weights, mean, cov = carry
+        mean = mean + matvec(weights, mean)
+        cov = Covariance().predict(weights, cov, cov)
+        return (matmul(weights, weights), mean, cov), None
+
+    (rest, mean, cov), _ = jax.lax.scan(double, (weights, offset, noise), None, length=_DOUBLINGS)
+    # A power this high is at rounding level if and only if the dynamics forget their start.
+    settled = jnp.max(jnp.abs(rest)) < jnp.finfo(cov.dtype).eps
+    return jnp.where(settled, mean, jnp.nan), jnp.where(settled, cov, jnp.nan)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Kalman filter, smoother and likelihood of linear-Gaussian state-space models."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ def setup(
         )
     problem = prepare(params, emissions, inputs, length=length)
     if initial is not None:
-        problem = problem._replace(model=initial.resolve(problem.model))
+        problem = replace(problem, model=initial.resolve(problem.model))
     return problem, stored
 
 

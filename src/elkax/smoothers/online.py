@@ -1,18 +1,20 @@
 """The filter one emission at a time, in constant memory."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from dynamax.linear_gaussian_ssm import ParamsLGSSM
 from jaxtyping import Array, ArrayLike
 
-from elkax.gaussian import KalmanFilter, Model
+from elkax.gaussian import Form, KalmanFilter, Model
 from elkax.gaussian.costates import encode_model
 from elkax.gaussian.decorrelation import uncorrelate
 from elkax.gaussian.kalman import log_density
 from elkax.gaussian.model import constant_part, merge, over_time
 from elkax.smoothers.linear import poison
-from elkax.smoothers.prepare import check_symmetric, find_form, prepare
+from elkax.smoothers.prepare import Problem, check_symmetric, find_form, prepare
 
 
 class OnlineState(NamedTuple):
@@ -94,13 +96,19 @@ def lgssm_online_step(
     inputs = None if input is None else jnp.asarray(input)[None]
     now = _at(params, state.time, emission.shape[0])
     problem = prepare(now, emission[None], inputs, continues=True)
+    return _take_in(problem, state, form=stored)
+
+
+@partial(jax.jit, static_argnames="form")
+def _take_in(problem: Problem, state: OnlineState, *, form: Form) -> OnlineState:
+    """Predict and update."""
     first = state.time == 0
-    model = _here(encode_model(uncorrelate(problem.model), stored))._replace(
+    model = _here(encode_model(uncorrelate(problem.model), form))._replace(
         initial_mean=state.mean, initial_cov=state.covariance, first=first.astype(state.mean.dtype)
     )
     cov = jnp.concatenate((state.covariance, state.factor_low), axis=1)
     before = jnp.where(first, 0.0, state.mean), state.low, jnp.where(first, 0.0, cov)
-    kalman = KalmanFilter(model, stored)
+    kalman = KalmanFilter(model, form)
     (mean, low, cov), output = kalman.step(before, Model(*([None] * len(model))))
     density = poison(log_density(output), problem.finite)
     size, value = len(mean), state.marginal_loglik + density

@@ -1,8 +1,9 @@
 """From dynamax parameters and emissions to arrays that the kernels run on."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,13 @@ from elkax.gaussian.decorrelation import needs_no_own_factor, uncorrelate
 FORMS: dict[str, Form] = {"covariance": Covariance(), "square_root": SquareRoot()}
 
 
-class Problem(NamedTuple):
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["model", "weights", "offset", "cov", "emissions", "finite"],
+    meta_fields=["diagonal"],
+)
+@dataclass(frozen=True)
+class Problem:
     """A model with its data, as the kernels need it and as the user gave it.
 
     Attributes:

@@ -85,14 +85,21 @@ def lgssm_innovations(
     posterior = lgssm_filter(
         params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
     )
+    _, means, covs, *_ = posterior
+    unknown = isinstance(initial, ExactDiffuse)
+    return _innovations(problem, jnp.asarray(means), jnp.asarray(covs), unknown=unknown)
+
+
+@partial(jax.jit, static_argnames="unknown")
+def _innovations(problem: Problem, means: Array, covs: Array, *, unknown: bool) -> Innovations:
+    """Predict from filtered moments; the first state may be unknown."""
     model = problem.model
     start_mean, start_cov = model.initial_mean[None], model.initial_cov[None]
-    if isinstance(initial, ExactDiffuse):
+    if unknown:
         start_mean, start_cov = jax.tree.map(
             lambda leaf: jnp.full_like(leaf, jnp.nan), (start_mean, start_cov)
         )
-    _, means, covs, *_ = posterior
-    mean, cov = jnp.asarray(means)[:-1], jnp.asarray(covs)[:-1]
+    mean, cov = means[:-1], covs[:-1]
     weights, offset, noise = (
         part[1:] if part.ndim > rank else part
         for part, rank in ((model.weights, 2), (model.offset, 1), (model.noise, 2))
@@ -175,6 +182,7 @@ def _dynamics_disturbances(
     return integrate(mean, cov, effect.mean[-1], effect.cov[-1])
 
 
+@jax.jit
 def _emission_disturbances(
     problem: Problem, posterior: PosteriorGSSMSmoothed
 ) -> tuple[Array, Array]:

@@ -15,7 +15,7 @@ from elkax.scan import Backend, affine_scan
 from elkax.scan.lanes import from_lanes, matvec, to_lanes
 from elkax.smoothers.initial import ExactDiffuse, estimate_diffuse, integrate
 from elkax.smoothers.linear import Initial, filter_and_smooth, setup
-from elkax.smoothers.prepare import check_backend, check_count, is_concrete, prepare
+from elkax.smoothers.prepare import Problem, check_backend, check_count, is_concrete, prepare
 
 Key = PRNGKeyArray | UInt32[Array, "2"]
 
@@ -66,9 +66,15 @@ def lgssm_joint_sample(
         )
     empty = jnp.zeros((num_timesteps, first.shape[-2]), first.dtype)
     problem = prepare(params, empty, inputs)
+    return _draw(key, problem, backend=backend)
+
+
+@partial(jax.jit, static_argnames="backend")
+def _draw(key: Key, problem: Problem, *, backend: Backend | None) -> tuple[Array, Array]:
+    """Draw states and emissions."""
     state_key, emission_key = jr.split(key)
     states = sample_states(state_key, problem.model, backend)
-    draws = jr.normal(emission_key, empty.shape, states.dtype)
+    draws = jr.normal(emission_key, problem.emissions.shape, states.dtype)
     cov = problem.cov
     if problem.diagonal:
         errors = jnp.sqrt(cov) * draws
