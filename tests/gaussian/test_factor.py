@@ -129,6 +129,40 @@ def test_unit_ldl_whitens_correlated_errors(size):
         np.testing.assert_allclose(white, expected, atol=1e-7 * np.abs(inverse).max() ** 2)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_derivative_of_unit_ldl(size):
+    root, change = batch(size, size + 1), batch(size, size, 1)
+    r = root @ np.swapaxes(root, 1, 2)
+    change = change + np.swapaxes(change, 1, 2)
+    step = 1e-6
+
+    def tangents(r, change):
+        return jax.jvp(unit_ldl, (r,), (change,))[1]
+
+    up, down = over_lanes(unit_ldl, r + step * change), over_lanes(unit_ldl, r - step * change)
+    for got, a, b in zip(over_lanes(tangents, r, change), up, down, strict=True):
+        # Central differences leave about 1e-16/step of rounding.
+        np.testing.assert_allclose(got, (a - b) / (2 * step), rtol=1e-6, atol=1e-7)
+
+
+def test_a_measurement_without_error_is_eliminated_last_wherever_it_stands():
+    """Values and derivatives do not depend on its place."""
+    root, change = np.zeros((3, 3)), batch(3, 3, 1)[0]
+    root[:2, :2] = batch(2, 2)[0]
+    r, change = root @ root.T, change + change.T
+    place = np.array([2, 0, 1])
+
+    def all_of(r, change):
+        return jax.tree.leaves(jax.jvp(unit_ldl, (jnp.asarray(r),), (jnp.asarray(change),)))
+
+    def move(array):
+        return array[np.ix_(*[place] * array.ndim)]
+
+    expected = [move(part) for part in all_of(r, change)]
+    for got, value in zip(all_of(move(r), move(change)), expected, strict=True):
+        np.testing.assert_allclose(got, value, atol=1e-13)
+
+
 @pytest.mark.parametrize("inner", [3, 8, 9])
 def test_products(inner):
     a, b, x = batch(4, inner), batch(inner, 2, 1), batch(inner, 1, 2)[..., 0]

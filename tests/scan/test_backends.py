@@ -9,6 +9,7 @@ import pytest
 import elkax
 from elkax.scan import Associative, Blocked, Sequential, choose, run
 from elkax.scan.lanes import materialize
+from elkax.scan.layout import block_shape
 from scan.scannables import CASES, decoded
 
 BACKENDS = [Sequential(), Associative(), Blocked(1), Blocked(4), Blocked(7), Blocked(64)]
@@ -152,3 +153,18 @@ def test_materialize_changes_nothing():
     gradient = jax.grad(lambda x: jnp.sum(materialize(x) ** 2))(tree[0])
     chex.assert_trees_all_close(gradient, 2 * tree[0])
     chex.assert_trees_all_close(jax.vmap(materialize)(jnp.stack([tree[0]] * 3))[1], tree[0])
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 100, 997, 1000, 9999, 10_000])
+@pytest.mark.parametrize("most", [1, 3, 32, 128])
+def test_blocks_cover_the_sequence(length, most):
+    steps, blocks, padding = block_shape(length, most)
+    assert 1 <= blocks <= min(most, length)
+    assert steps * blocks == length + padding
+    # The block run last holds at least one real step.
+    assert 0 <= padding < steps
+
+
+def test_no_padding_where_a_block_count_divides_the_length():
+    assert block_shape(10_000, 128) == (80, 125, 0)
+    assert block_shape(1000, 128) == (8, 125, 0)

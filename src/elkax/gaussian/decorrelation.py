@@ -15,7 +15,7 @@ from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes, transpose
 
 
 def uncorrelate(model: Model, *, alike: bool = False) -> Model:
-    """Return the same model with uncorrelated measurement errors; see below."""
+    """Decorrelate; see `uncorrelate_and_pull_back`."""
     return uncorrelate_and_pull_back(model, alike=alike)[0]
 
 
