@@ -48,7 +48,13 @@ class Covariance:
 
     def predict(self, weights: Array, stored: Array, noise: Array) -> Array:
         r"""Compute $FPF^\top + Q$."""
-        return _predict(weights, stored, noise)[1]
+        return self.carry(weights, stored, noise)[1]
+
+    def carry(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Array]:
+        r"""Compute $PF^\top$ and $FPF^\top + Q$."""
+        half, both = lanes.congruence(transpose(weights), stored)
+        both, noise = lanes.align(lanes.materialize(both), 2, noise, 2)
+        return half, symmetrize(both + noise)
 
     def reverse(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Array, Array]:
         r"""Turn a step $z' = Fz + N(0, Q)$, $z \sim N(m, P)$, around: $z \mid z'$.
@@ -141,18 +147,11 @@ class Covariance:
 
 def _find_gain(weights: Array, stored: Array, noise: Array) -> tuple[Array, Array, Array]:
     r"""Compute $G^\top$, $(I - GF)^\top$, and whether $FPF^\top + Q$ is regular."""
-    half, predicted = _predict(weights, stored, noise)
+    half, predicted = Covariance().carry(weights, stored, noise)
     factor, solved = solve_regular(predicted, transpose(half))
     solved = lanes.materialize(solved)
     eye = lanes.identity(solved.shape[0], solved.shape[2:], solved.dtype)
     return solved, lanes.materialize(eye - lanes.inner(weights, solved)), is_regular(factor)
-
-
-def _predict(weights: Array, stored: Array, noise: Array) -> tuple[Array, Array]:
-    r"""Compute $PF^\top$ and $FPF^\top + Q$."""
-    half, both = lanes.congruence(transpose(weights), stored)
-    both, noise = lanes.align(lanes.materialize(both), 2, noise, 2)
-    return half, symmetrize(both + noise)
 
 
 @jax.custom_jvp

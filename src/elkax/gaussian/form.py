@@ -33,6 +33,10 @@ class Form(Protocol):
         """Propagate through an affine-Gaussian step."""
         ...
 
+    def carry(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Array]:
+        """Propagate, and give the covariance of what was with what comes."""
+        ...
+
     def reverse(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Array, Array]:
         """Turn an affine-Gaussian step around."""
         ...

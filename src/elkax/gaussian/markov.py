@@ -44,11 +44,14 @@ class GaussMarkov:
     size: int
     form: Any
 
+    def move(self, summary: Transition, mean: Array) -> Array:
+        """Move the mean alone."""
+        return add(matvec(lanes.halves(summary.weights)[0], mean), summary.offset)
+
     def apply(self, summary: Transition, state: tuple[Array, Array]) -> tuple[Array, Array]:
         """Jump over a block, or a step."""
         mean, cov = state
-        moved = add(matvec(lanes.halves(summary.weights)[0], mean), summary.offset)
-        return moved, self.form.predict(summary.weights, cov, summary.cov)
+        return self.move(summary, mean), self.form.predict(summary.weights, cov, summary.cov)
 
     def step(
         self, state: tuple[Array, Array], x: Transition

@@ -166,7 +166,8 @@ def _score(model: Model, filtered: FilterOutput, backend: Backend | None) -> Mod
 
     now = (filtered.mean, filtered.low, filtered.cov, filtered.residual, filtered.variance)
     later = jax.tree.map(shifted, costates)
-    xs = (varying, before(filtered), now, next_weights(model), continues(model), costates, later)
+    own = varying._replace(variances=None, values=None)
+    xs = (own, before(filtered), now, next_weights(model), continues(model), costates, later)
     outputs, totals = in_blocks(derivatives, fixed, xs, filtered.mean.shape[-1])
     sums = {name: a if b is None else a - b for name, (a, b) in totals.items()}
     return Model(*[None] * len(model))._replace(**outputs, **sums)

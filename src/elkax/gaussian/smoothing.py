@@ -13,7 +13,7 @@ from elkax.gaussian.covariance import Covariance
 from elkax.gaussian.factor import gram, psd_cholesky, symmetrize
 from elkax.gaussian.kalman import FilterOutput
 from elkax.gaussian.markov import GaussMarkov, Transition
-from elkax.gaussian.model import Model, constant_part, merge, over_time
+from elkax.gaussian.model import Model, constant_part, dynamics_over_time, merge
 from elkax.scan import Backend, Sequential, lanes, run
 from elkax.scan.choice import steps_fill_machine
 from elkax.scan.fallback import where_sound
@@ -97,8 +97,23 @@ def _turn_around(fixed: Model, x: tuple, form: Any) -> tuple[Transition, Array]:
 
 def _steps_back(model: Model, filtered: FilterOutput) -> tuple:
     """Give what `_turn_around` takes for t = 0, ..., T - 2."""
-    later = over_time(lambda field, rank: field[1:], model)
+    later = jax.tree.map(lambda field: field[1:], dynamics_over_time(model))
     return later, filtered.cov[:-1], filtered.correction[1:]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["size", "form"])
+@dataclass(frozen=True)
+class Backward(GaussMarkov):
+    r"""The backward recurrence; the output also has $\mathrm{Cov}[z_t, z_{t+1}]$."""
+
+    def step(
+        self, state: tuple[Array, Array], x: Transition
+    ) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
+        """Step back."""
+        mean, cov = state
+        mean = self.move(x, mean)
+        lagged, cov = self.form.carry(x.weights, cov, x.cov)
+        return (mean, cov), (mean, lanes.halves(cov)[0], transpose(lagged))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["fixed"], meta_fields=["size", "form"])
@@ -160,16 +175,10 @@ def _rauch_tung_striebel(
     """
     size = filtered.mean.shape[-1]
     last = (jnp.zeros_like(filtered.mean[-1]), form.exact(filtered.cov[-1]))
-    _, (delta, covs) = run(
-        GaussMarkov(size, form), last, steps, backend=backend, state_dim=size, reverse=True
+    _, found = run(
+        Backward(size, form), last, steps, backend=backend, state_dim=size, reverse=True
     )
-    after = _decode(jnp.concatenate((covs[1:], filtered.cov[-1:])), form)
-
-    def lag(_: None, x: tuple[Array, Array]) -> tuple[Array, None]:
-        return matmul(*x), None
-
-    lagged, _ = in_blocks(lag, None, (steps.weights[..., :size], after), size)
-    return _join(filtered, delta, covs, lagged, form)
+    return _join(filtered, *found, form)
 
 
 def _join(
@@ -250,7 +259,7 @@ def bryson_frazier(
             lagged = jnp.where(after.valid, lagged, smoothed)
         return (mean + (low + matvec(cross, q)), smoothed, lagged), None
 
-    later = over_time(lambda field, rank: field[1:], model)
+    later = jax.tree.map(lambda field: field[1:], dynamics_over_time(model))
     parts = (filtered.mean, filtered.low, filtered.cov, covs)
     earlier = [part[:-1] for part in parts]
     xs = (later, *earlier, costates.vector[1:], costates.matrix[1:])

@@ -55,6 +55,12 @@ class SquareRoot:
         change = tria_change(kept, _beside(materialize(change), noise))
         return lanes.with_rest(*lanes.two_sum(*lanes.align(kept, 2, change, 2)))
 
+    def carry(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Array]:
+        r"""Compute $LL^\top F^\top$ and the factor that `predict` does."""
+        factor, _ = halves(stored)
+        cross = matmul(factor, transpose(matmul(halves(weights)[0], factor)))
+        return cross, self.predict(weights, stored, noise)
+
     def reverse(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Array, Array]:
         r"""Turn a step around; arguments and returns as `Covariance.reverse`.
 
