@@ -42,11 +42,9 @@ def make_model(rows_vary, cov_varies, missing, exact):
 CASES = list(product([False, True], repeat=4))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if not case[3]])
 def test_information_is_the_same(case):
     r"""$H^\top R^{-1}H$, $H^\top R^{-1}y$ of the observed entries, where no error is zero."""
-    if case[3]:
-        pytest.skip("R has no inverse")
     model = make_model(*case)
     plain = jax.jit(uncorrelate)(model)
     for t in range(T):

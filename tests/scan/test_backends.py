@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import elkax
-from elkax.scan import Associative, Blocked, Sequential, choose, run
+from elkax.scan import Associative, Blocked, Sequential, choice, choose, run
 from elkax.scan.lanes import materialize
 from elkax.scan.layout import block_shape
 from scan.scannables import CASES, decoded
@@ -128,7 +128,10 @@ def test_num_blocks_must_be_a_positive_integer():
             Blocked(wrong)
 
 
-def test_the_choice_can_be_seen_and_named():
+def test_the_choice_can_be_seen_and_named(monkeypatch):
+    monkeypatch.setattr(choice, "LOOPS_ARE_KERNELS", True)
+    assert choose(num_timesteps=100_000, state_dim=4, platform="cpu") == Sequential()
+    monkeypatch.setattr(choice, "LOOPS_ARE_KERNELS", False)
     assert choose(num_timesteps=10, state_dim=4, platform="cpu") == Sequential()
     assert isinstance(choose(num_timesteps=100_000, state_dim=4, platform="cpu"), Blocked)
     assert choose(num_timesteps=100_000, state_dim=64, platform="cpu") == Sequential()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elkax.scan import Blocked, Sequential, affine_scan, choose
+from elkax.scan import Blocked, Sequential, affine_scan, choice, choose
 
 T, D, SERIES = 5, 3, 4
 AXES = {
@@ -80,7 +80,8 @@ def test_derivatives_of_a_batch(which):
     chex.assert_trees_all_close(along, forward, rtol=1e-12, atol=1e-13)
 
 
-def test_many_series_need_no_blocks_of_time():
+def test_many_series_need_no_blocks_of_time(monkeypatch):
+    monkeypatch.setattr(choice, "LOOPS_ARE_KERNELS", False)
     one = partial(choose, num_timesteps=4096, state_dim=4, platform="cpu")
     assert isinstance(one(), Blocked)
     assert isinstance(one(num_series=2), Blocked)

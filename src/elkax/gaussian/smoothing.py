@@ -175,9 +175,7 @@ def _rauch_tung_striebel(
     """
     size = filtered.mean.shape[-1]
     last = (jnp.zeros_like(filtered.mean[-1]), form.exact(filtered.cov[-1]))
-    _, found = run(
-        Backward(size, form), last, steps, backend=backend, state_dim=size, reverse=True
-    )
+    _, found = run(Backward(size, form), last, steps, backend=backend, state_dim=size, reverse=True)
     return _join(filtered, *found, form)
 
 

@@ -13,6 +13,9 @@ from elkax.scan.protocol import Backend, Scannable, State, sequence_length
 from elkax.scan.sequential import Sequential
 from elkax.scan.series import run_series
 
+# From JAX 0.12 on, XLA makes a loop over small steps on a CPU one kernel. One step after the other is
+# then about as fast as blocks side by side, and compiles in less than half the time.
+LOOPS_ARE_KERNELS = jax.__version_info__ >= (0, 12)
 # From this many on, series under `vmap` fill the vector lanes of a CPU by themselves.
 MANY_SERIES = 8
 
@@ -27,11 +30,12 @@ def choose(
 ) -> Backend:
     r"""Name the backend for a recurrence from measured crossovers.
 
-    On a CPU, `Blocked` with about $\sqrt T$ blocks for Kalman recurrences with D <= 8 and T >= 512,
-    else `Sequential`: an affine recurrence runs at full speed as it is, and from D of about 9 on a
-    Kalman step keeps the machine busy by itself. `MANY_SERIES` or more under `vmap` fill the lanes
-    without blocks of time: `Sequential`. On a GPU (by reasoning, not measured), `Blocked` for
-    T >= 64.
+    On a CPU, `Sequential` with JAX 0.12 and later, where blocks gain a third at most (D = 8 in
+    float64, small D in float32). With earlier versions, `Blocked` with about $\sqrt T$ blocks for
+    Kalman recurrences with D <= 8 and T >= 512, else `Sequential`: an affine recurrence runs at
+    full speed as it is, and from D of about 9 on a Kalman step keeps the machine busy by itself.
+    `MANY_SERIES` or more under `vmap` fill the lanes without blocks of time: `Sequential`. On a GPU
+    (by reasoning, not measured), `Blocked` for T >= 64.
 
     Args:
         num_timesteps: T.
@@ -47,8 +51,8 @@ def choose(
     # The power of two next above the square root of T.
     num_blocks = 2 ** math.ceil(math.log2(num_timesteps) / 2)
     if platform == "cpu":
-        few = num_series < MANY_SERIES
-        if recurrence == "kalman" and state_dim <= 8 and num_timesteps >= 512 and few:
+        slow_loop = not LOOPS_ARE_KERNELS and num_series < MANY_SERIES
+        if recurrence == "kalman" and state_dim <= 8 and num_timesteps >= 512 and slow_loop:
             return Blocked(min(num_blocks, 256))
         return Sequential()
     return Blocked(num_blocks) if num_timesteps >= 64 else Sequential()
