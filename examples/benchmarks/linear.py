@@ -134,6 +134,7 @@ def cuthbert_value(params, emissions):
 COMPETITORS = {
     "elkax": lambda task: elkax_program(task),
     "elkax sequential": lambda task: elkax_program(task, backend=elkax.Sequential()),
+    "elkax blocks": lambda task: elkax_program(task, backend=elkax.Blocked(128)),
     "elkax square root": lambda task: elkax_program(task, form="square_root"),
     "dynamax": lambda task: dynamax_program(task, parallel=False),
     "dynamax parallel": lambda task: dynamax_program(task, parallel=True),

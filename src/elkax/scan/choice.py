@@ -13,8 +13,8 @@ from elkax.scan.protocol import Backend, Scannable, State, sequence_length
 from elkax.scan.sequential import Sequential
 from elkax.scan.series import run_series
 
-# From JAX 0.12 on, XLA makes a loop over small steps on a CPU one kernel. One step after the other is
-# then about as fast as blocks side by side, and compiles in less than half the time.
+# From JAX 0.12 on, XLA makes a loop over small steps one kernel on a CPU. One step after the other
+# is then about as fast as blocks side by side, and compiles in less than half the time.
 LOOPS_ARE_KERNELS = jax.__version_info__ >= (0, 12)
 # From this many on, series under `vmap` fill the vector lanes of a CPU by themselves.
 MANY_SERIES = 8
