@@ -14,7 +14,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from elkax.scan import lanes
-from elkax.scan.lanes import MAX_UNROLLED, materialize, matmul, matvec, outer, transpose
+from elkax.scan.lanes import (
+    LOOPS_ARE_KERNELS,
+    MAX_UNROLLED,
+    materialize,
+    matmul,
+    matvec,
+    outer,
+    transpose,
+)
 
 Index = Array | int
 
@@ -23,7 +31,8 @@ def _loop(
     count: int, body: Callable[[Index, Array], Array], value: Array, *, written_out: bool = False
 ) -> Array:
     """Apply `value = body(i, value)` for i = 0, ..., count - 1, in order."""
-    if count > MAX_UNROLLED or not written_out:
+    as_fast = LOOPS_ARE_KERNELS and jax.default_backend() == "cpu"
+    if count > MAX_UNROLLED or as_fast or not written_out:
         return jax.lax.fori_loop(0, count, body, value)
     for i in range(count):
         value = materialize(body(i, value))

@@ -8,14 +8,12 @@ import jax
 from jaxtyping import PyTree
 
 from elkax.scan.blocked import Blocked
+from elkax.scan.lanes import LOOPS_ARE_KERNELS
 from elkax.scan.layout import fills_lanes
 from elkax.scan.protocol import Backend, Scannable, State, sequence_length
 from elkax.scan.sequential import Sequential
 from elkax.scan.series import run_series
 
-# From JAX 0.12 on, XLA makes a loop over small steps one kernel on a CPU. One step after the other
-# is then about as fast as blocks side by side, and compiles in less than half the time.
-LOOPS_ARE_KERNELS = jax.__version_info__ >= (0, 12)
 # From this many on, series under `vmap` fill the vector lanes of a CPU by themselves.
 MANY_SERIES = 8
 
@@ -30,8 +28,8 @@ def choose(
 ) -> Backend:
     r"""Name the backend for a recurrence from measured crossovers.
 
-    On a CPU, `Sequential` with JAX 0.12 and later, where blocks gain a third at most (D = 8 in
-    float64, small D in float32). With earlier versions, `Blocked` with about $\sqrt T$ blocks for
+    On a CPU, `Sequential` with JAX 0.12 and later, which compiles in less than half the time of
+    blocks, that gain a third at most (D = 8 in float64, small D in float32). With earlier versions, `Blocked` with about $\sqrt T$ blocks for
     Kalman recurrences with D <= 8 and T >= 512, else `Sequential`: an affine recurrence runs at
     full speed as it is, and from D of about 9 on a Kalman step keeps the machine busy by itself.
     `MANY_SERIES` or more under `vmap` fill the lanes without blocks of time: `Sequential`. On a GPU

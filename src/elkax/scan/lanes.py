@@ -16,6 +16,8 @@ from jaxtyping import Array, PyTree, Shaped
 # Up to this inner dimension a product is written out over lanes: XLA's batched matmul calls
 # BLAS once per lane, which costs far more than the arithmetic (measured on CPU).
 MAX_UNROLLED = 8
+# From JAX 0.12 on, XLA makes a loop over small steps one kernel on a CPU.
+LOOPS_ARE_KERNELS = jax.__version_info__ >= (0, 12)
 # Up to this one a single A'B is written out as well, where XLA's dot takes 1.5 to 2 times longer.
 MAX_SINGLE = 24
 
