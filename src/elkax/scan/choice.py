@@ -28,10 +28,11 @@ def choose(
 ) -> Backend:
     r"""Name the backend for a recurrence from measured crossovers.
 
-    On a CPU, `Sequential` with JAX 0.12 and later, which compiles in less than half the time of
-    blocks, that gain a third at most (D = 8 in float64, small D in float32). With earlier versions, `Blocked` with about $\sqrt T$ blocks for
-    Kalman recurrences with D <= 8 and T >= 512, else `Sequential`: an affine recurrence runs at
-    full speed as it is, and from D of about 9 on a Kalman step keeps the machine busy by itself.
+    On a CPU, `Sequential` with JAX 0.12 and later: it compiles in less than half the time of
+    blocks, which gain a third at most (D = 8 in float64, small D in float32). With earlier
+    versions, `Blocked` with about $\sqrt T$ blocks for Kalman recurrences with D <= 8 and
+    T >= 512, else `Sequential`: an affine recurrence runs at full speed as it is, and from D of
+    about 9 on a Kalman step keeps the machine busy by itself.
     `MANY_SERIES` or more under `vmap` fill the lanes without blocks of time: `Sequential`. On a GPU
     (by reasoning, not measured), `Blocked` for T >= 64.
 
