@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 import elkax
+from elkax.gaussian.covariance import Covariance
+from elkax.gaussian.markov import GaussMarkov, Transition
+from elkax.gaussian.smoothing import Backward
 from elkax.scan import Associative, Blocked, Sequential, choice, choose, run
 from elkax.scan.lanes import materialize
 from elkax.scan.layout import block_shape
+from elkax.scan.protocol import step
 from scan.scannables import CASES, decoded
 
 BACKENDS = [Sequential(), Associative(), Blocked(1), Blocked(4), Blocked(7), Blocked(64)]
@@ -171,3 +175,21 @@ def test_blocks_cover_the_sequence(length, most):
 def test_no_padding_where_a_block_count_divides_the_length():
     assert block_shape(10_000, 128) == (80, 125, 0)
     assert block_shape(1000, 128) == (8, 125, 0)
+
+
+@pytest.mark.parametrize("first", [GaussMarkov, Backward])
+def test_recurrences_of_equal_fields_are_told_apart(first):
+    """JAX takes two dataclasses of equal fields for the same structure, whatever their classes."""
+    second = {GaussMarkov: Backward, Backward: GaussMarkov}[first]
+    matrix, vector = jnp.eye(3), jnp.ones(3)
+    x = Transition(matrix, vector, matrix)
+
+    def outputs(kind):
+        return len(step(kind(3, Covariance()), (vector, matrix), x)[1])
+
+    jax.clear_caches()
+    assert {first: outputs(first), second: outputs(second)} == {GaussMarkov: 2, Backward: 3}
+    # Inside a program as well.
+    found = {}
+    jax.jit(lambda: found.update({first: outputs(first), second: outputs(second)}))()
+    assert found == {GaussMarkov: 2, Backward: 3}

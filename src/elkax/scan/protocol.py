@@ -91,15 +91,26 @@ class Backend(Protocol):
         ...
 
 
-@partial(jax.jit, inline=True)
 def step(scannable: Scannable, state: State, x: PyTree) -> tuple[State, PyTree]:
     """Advance one step; traced once for all loops that run it on the same shapes."""
+    return _step(scannable, state, x, kind=type(scannable))
+
+
+def absorb(scannable: Scannable, summary: Summary, x: PyTree) -> Summary:
+    """Lengthen a block by one step; traced once as `step` is."""
+    return _absorb(scannable, summary, x, kind=type(scannable))
+
+
+# The class is named because JAX takes dataclasses of equal fields for the same structure.
+@partial(jax.jit, inline=True, static_argnames="kind")
+def _step(scannable: Scannable, state: State, x: PyTree, *, kind: type) -> tuple[State, PyTree]:
+    del kind
     return scannable.step(state, x)
 
 
-@partial(jax.jit, inline=True)
-def absorb(scannable: Scannable, summary: Summary, x: PyTree) -> Summary:
-    """Lengthen a block by one step; traced once as `step` is."""
+@partial(jax.jit, inline=True, static_argnames="kind")
+def _absorb(scannable: Scannable, summary: Summary, x: PyTree, *, kind: type) -> Summary:
+    del kind
     return scannable.absorb(summary, x)
 
 
