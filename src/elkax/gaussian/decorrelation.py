@@ -1,10 +1,10 @@
 """Measurements with correlated errors turned into measurements with uncorrelated ones."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from elkax.gaussian.factor import symmetrize, unit_ldl, unit_ldl_change, unit_ldl_weights
@@ -45,7 +45,12 @@ def uncorrelate_and_pull_back(
         return model, lambda gradient: gradient
     if model.correlated.shape[-1] == 1:
         plain = model._replace(correlated=None, variances=model.correlated[..., 0])
-        return plain, lambda g: g._replace(variances=None, correlated=g.variances[..., None])
+
+        def widen(gradient: Model) -> Model:
+            variances = jnp.asarray(gradient.variances)
+            return gradient._replace(variances=None, correlated=variances[..., None])
+
+        return plain, widen
     cov, observed = _in_lanes(model.correlated, 2), to_lanes(model.observed)
     inverse, variances = unit_ldl(cov) if alike else _factor(cov, observed)
     rows = matmul(inverse, _in_lanes(model.rows, 2))
@@ -94,7 +99,7 @@ def _sum_as(given: Array, change: Array) -> Array:
     return change if change.ndim == given.ndim else change.sum(0)
 
 
-def needs_no_own_factor(observed: Array | np.ndarray) -> Array | np.ndarray:
+def needs_no_own_factor(observed: Any) -> Any:
     """Tell for every time (T,) whether all of its entries are observed, or none."""
     return observed.all(1) | ~observed.any(1)
 

@@ -175,8 +175,10 @@ def _rauch_tung_striebel(
     """
     size = filtered.mean.shape[-1]
     last = (jnp.zeros_like(filtered.mean[-1]), form.exact(filtered.cov[-1]))
-    _, found = run(Backward(size, form), last, steps, backend=backend, state_dim=size, reverse=True)
-    return _join(filtered, *found, form)
+    _, (delta, covs, lagged) = run(
+        Backward(size, form), last, steps, backend=backend, state_dim=size, reverse=True
+    )
+    return _join(filtered, delta, covs, lagged, form)
 
 
 def _join(
