@@ -10,7 +10,7 @@ from elkax.gaussian import Covariance, KalmanFilter, Model, SquareRoot
 from elkax.gaussian.diagonal import DiagonalKalmanFilter, DiagonalStep
 from elkax.gaussian.markov import GaussMarkov, Transition
 from elkax.gaussian.model import constant_part, over_time
-from elkax.gaussian.smoothing import RauchTungStriebel
+from elkax.gaussian.smoothing import BrysonFrazier, RauchTungStriebel
 from elkax.scan import Affine
 
 
@@ -93,6 +93,20 @@ def smoother(length, *, form):
     return Case(recurrence, (jnp.zeros(3), last), xs)
 
 
+def costates(length, *, form):
+    """The Kalman case and something for its filter to have found."""
+    rng = np.random.default_rng(6)
+    case = kalman(length, form=Covariance())
+    covs, own_covs, noise = (jnp.asarray(_covariances(rng, length, 3)) for _ in range(3))
+    update = rng.normal(size=(length, 2)), rng.uniform(0.5, 2.0, (length, 2))
+    following, goes_on = jnp.asarray(_stable(rng, length, 3)), jnp.arange(length) < 0.9 * length
+    loop = (case.xs, covs, jax.tree.map(jnp.asarray, update), following, goes_on)
+    mean = jnp.asarray(rng.normal(size=(length, 3)))
+    own = (mean, jnp.zeros_like(mean), jax.vmap(form.encode)(own_covs), own_covs)
+    recurrence = BrysonFrazier(3, Covariance(), form, case.scannable.fixed)
+    return Case(recurrence, (jnp.zeros(3), jnp.zeros((3, 3))), (loop, noise, own))
+
+
 CASES = {
     "affine dense": lambda length: affine(length, diagonal=False),
     "affine diagonal": lambda length: affine(length, diagonal=True),
@@ -103,6 +117,8 @@ CASES = {
     "diagonal kalman": diagonal_kalman,
     "smoother covariance": lambda length: smoother(length, form=Covariance()),
     "smoother square root": lambda length: smoother(length, form=SquareRoot()),
+    "costates covariance": lambda length: costates(length, form=Covariance()),
+    "costates square root": lambda length: costates(length, form=SquareRoot()),
 }
 
 

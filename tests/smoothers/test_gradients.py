@@ -157,9 +157,9 @@ def test_gradient_under_vmap():
 
 
 def test_gradient_of_many_states_under_vmap():
-    """Step by step, against the score in blocks of time."""
+    """Step by step, against the score in blocks of time; not as many series as emissions."""
     problem = POINTS["nine states"]
-    series = jnp.stack([problem.emissions, problem.emissions + 1.0])
+    series = jnp.stack([problem.emissions + i for i in range(3)])
 
     def slope(scale, emissions, backend):
         def value(scale):

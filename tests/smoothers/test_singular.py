@@ -121,6 +121,23 @@ def test_nan_in_a_parameter_gives_a_nan_likelihood(group, name, backend, form):
     assert np.isnan(value)
 
 
+@pytest.mark.parametrize("backend", ["sequential", "blocked"])
+@pytest.mark.parametrize("field", ["weights", "cov"])
+def test_nan_at_the_last_time_is_not_smoothed_away(field, backend):
+    """Nothing is known of singular predictions but by costates, which skip singular innovations."""
+    weights, cov = jnp.ones((T, 1, 2)), jnp.ones((T, 1))
+    start, dynamics = np.diag([1.0, 0.0]), np.eye(2) * 0.9
+    params = make_params(np.zeros(2), start, dynamics, np.zeros((2, 2)), np.ones((1, 2)), np.eye(1))
+    spoiled = {"weights": weights.at[-1, 0, 0].set(jnp.nan), "cov": cov.at[-1].set(jnp.nan)}
+    emissions = params.emissions._replace(
+        **({"weights": weights, "cov": cov} | {field: spoiled[field]})
+    )
+    smooth = compiled("lgssm_smoother", backend, "covariance")
+    posterior = smooth(params._replace(emissions=emissions), jnp.ones((T, 1)))
+    assert np.isnan(posterior.marginal_loglik)
+    assert np.all(np.isnan(posterior.smoothed_means[:, 0]))
+
+
 def test_nan_input_gives_a_nan_likelihood():
     problem = with_inputs()
     inputs = problem.inputs.at[4].set(jnp.nan)

@@ -56,6 +56,12 @@ def standardize(output: FilterOutput) -> Array:
     return output.residual * jax.lax.rsqrt(jnp.where(singular, 1.0, output.variance)) * ~singular
 
 
+def find_precision(observed: Array, variance: Array) -> Array:
+    """Compute $1/s_i$ over lanes, 0 where missing and NaN where singular."""
+    observed, variance = lanes.align(observed, 1, variance, 1)
+    return observed / variance
+
+
 def log_density(output: FilterOutput, axis: int = -1) -> Array:
     r"""Compute $\log p(y_t \mid y_{1:t-1})$ of the observed entries.
 
@@ -279,11 +285,15 @@ class KalmanFilter:
         """Predict one step; before the first one the state is exactly zero."""
         mean, low, cov = state
         offset = lanes.blend(model.first, model.initial_mean, model.offset, 1)
-        noise = lanes.blend(model.first, model.initial_cov, model.noise, 2)
         near, rest = lanes.split_identity(model.weights)
         change = lanes.add(matvec(rest, mean) + matvec(model.weights, low), offset)
         near, mean = lanes.align(near, 1, mean, 1)
-        return *two_sum(near * mean, change), self.form.predict(model.weights, cov, noise)
+        return *two_sum(near * mean, change), self.predict_cov(model, cov)
+
+    def predict_cov(self, model: Model, cov: Array) -> Array:
+        """Predict the covariance alone."""
+        noise = lanes.blend(model.first, model.initial_cov, model.noise, 2)
+        return self.form.predict(model.weights, cov, noise)
 
     def _judge(self, s: Array, floor: Array, used: Array) -> tuple[Array, Array, Array]:
         """Tell where an innovation variance is singular, where it is used, and make it safe."""

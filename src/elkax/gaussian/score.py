@@ -10,7 +10,13 @@ from jaxtyping import Array
 from elkax.gaussian.costates import before, continues, filter_model, find_costates, next_weights
 from elkax.gaussian.covariance import Covariance
 from elkax.gaussian.decorrelation import uncorrelate, uncorrelate_and_pull_back
-from elkax.gaussian.kalman import FilterOutput, KalmanFilter, fold_rows, log_density
+from elkax.gaussian.kalman import (
+    FilterOutput,
+    KalmanFilter,
+    find_precision,
+    fold_rows,
+    log_density,
+)
 from elkax.gaussian.model import RANKS, Model, constant_part, merge, over_time
 from elkax.gaussian.sharing import share_mask
 from elkax.scan import Backend, lanes
@@ -178,7 +184,7 @@ def _entries(
 ) -> tuple[Array, Array, Array]:
     r"""Compute u, d and $P(dh - \Lambda k)$ of every entry; see `_score`."""
     rows, residual, variance, observed = entries
-    precision = jnp.where(observed, 1.0 / jnp.where(observed, variance, 1.0), 0.0)
+    precision = find_precision(observed, variance)
 
     def forward(cov: Array, entry: tuple) -> tuple[Array, tuple[Array, Array]]:
         h, weight = entry

@@ -1,5 +1,6 @@
 """Smoothing of a filtered sequence: Rauch-Tung-Striebel and Bryson-Frazier."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from elkax.gaussian.costates import encode_model, find_costates
+from elkax.gaussian.costates import close_loop, encode_model, find_costates, loop_inputs
 from elkax.gaussian.covariance import Covariance
 from elkax.gaussian.factor import gram, psd_cholesky, symmetrize
 from elkax.gaussian.kalman import FilterOutput
 from elkax.gaussian.markov import GaussMarkov, Transition
 from elkax.gaussian.model import Model, constant_part, dynamics_over_time, merge
 from elkax.scan import Backend, Sequential, lanes, run
-from elkax.scan.choice import steps_fill_machine
+from elkax.scan.choice import runs_in_sequence, steps_fill_machine
 from elkax.scan.fallback import where_sound
 from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes, transpose
 from elkax.scan.layout import in_blocks
@@ -97,8 +98,11 @@ def _turn_around(fixed: Model, x: tuple, form: Any) -> tuple[Transition, Array]:
 
 def _steps_back(model: Model, filtered: FilterOutput) -> tuple:
     """Give what `_turn_around` takes for t = 0, ..., T - 2."""
-    later = jax.tree.map(lambda field: field[1:], dynamics_over_time(model))
-    return later, filtered.cov[:-1], filtered.correction[1:]
+    return _later_dynamics(model), filtered.cov[:-1], filtered.correction[1:]
+
+
+def _later_dynamics(model: Model) -> Model:
+    return jax.tree.map(lambda field: field[1:], dynamics_over_time(model))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["size", "form"])
@@ -233,37 +237,118 @@ def bryson_frazier(
 ) -> Smoothed:
     r"""Smooth from the costates.
 
-    With $\Lambda = \Lambda_{t+1}$ and $q = q_{t+1}$: mean $m_{t|t} + P_{t|t}F^\top q$, covariance
-    $L(I - L^\top F^\top\Lambda FL)L^\top$ with $P_{t|t} = LL^\top$, and
-    $\mathrm{Cov}[z_t, z_{t+1}] = P_{t|t}F^\top(I - \Lambda P_{t+1|t})$.
+    With $\Lambda = \Lambda_{t+1}$, $q = q_{t+1}$ and $N = F^\top\Lambda F$: mean
+    $m_{t|t} + P_{t|t}F^\top q$, covariance $L(I - L^\top NL)L^\top$ with $P_{t|t} = LL^\top$, and
+    $\mathrm{Cov}[z_t, z_{t+1}] = P_{t|t}F^\top(I - \Lambda P_{t+1|t})
+    = P_{t|t}F^\top - P_{t|t}(NP_{t|t}F^\top + F^\top\Lambda Q)$.
     """
     length, size = filtered.mean.shape
     covs = _decode(filtered.cov, form)
     if length == 1:
         return Smoothed(filtered.mean, covs, jnp.zeros((0, size, size), covs.dtype))
-    costates = find_costates(model, filtered._replace(cov=covs), backend)
+    decoded = filtered._replace(cov=covs)
+    if runs_in_sequence(backend, length, size):
+        mean, cov, lagged = _back_in_one_pass(model, decoded, filtered.cov, form)
+    else:
+        mean, cov, lagged = _back_by_costates(model, decoded, filtered.cov, form, backend)
+    mean = jnp.concatenate((mean, filtered.mean[-1:]))
+    return Smoothed(mean, jnp.concatenate((cov, covs[-1:])), lagged)
+
+
+def _back_in_one_pass(
+    model: Model, filtered: FilterOutput, stored: Array, form: Any
+) -> tuple[Array, Array, Array]:
+    """Smooth step by step: means and covariances at t = 0, ..., T - 2, and lagged ones."""
+    size = filtered.mean.shape[-1]
+    recurrence = BrysonFrazier(size, Covariance(), form, constant_part(model))
+    start = (jnp.zeros_like(filtered.mean[-1]), jnp.zeros_like(filtered.cov[-1]))
+    noise = jnp.roll(model.noise, -1, axis=0) if model.noise.ndim == 3 else None
+    own = (filtered.mean, filtered.low, stored, filtered.cov)
+    xs = (loop_inputs(model, filtered), noise, own)
+    _, moments = run(recurrence, start, xs, backend=Sequential(), reverse=True)
+    return jax.tree.map(lambda leaf: leaf[:-1], moments)
+
+
+def _back_by_costates(
+    model: Model, filtered: FilterOutput, stored: Array, form: Any, backend: Backend | None
+) -> tuple[Array, Array, Array]:
+    """Find all costates, then smooth all times at once; returns as `_back_in_one_pass`."""
+    costates = find_costates(model, filtered, backend)
 
     def moments(fixed: Model, x: tuple) -> tuple[tuple[Array, Array, Array], None]:
-        after, mean, low, stored, cov, q, matrix = x
+        after, own, costates = x
         after = merge(fixed, after)
-        if after.valid is not None:
-            q, matrix = jnp.where(after.valid, q, 0.0), jnp.where(after.valid, matrix, 0.0)
-        factor = lanes.materialize(form.cholesky(stored))
-        back = matmul(matmul(transpose(after.weights), matrix), after.weights)
-        smoothed = downdate(factor, cov, back)
-        cross = matmul(cov, transpose(after.weights))
-        eye = lanes.identity(size, cross.shape[2:], cov.dtype)
-        predicted = Covariance().predict(after.weights, cov, after.noise)
-        lagged = matmul(cross, eye - matmul(matrix, predicted))
-        if after.valid is not None:
-            lagged = jnp.where(after.valid, lagged, smoothed)
-        return (mean + (low + matvec(cross, q)), smoothed, lagged), None
+        return _moments((after.weights, after.noise, after.valid), own, costates, form), None
 
-    later = jax.tree.map(lambda field: field[1:], dynamics_over_time(model))
-    parts = (filtered.mean, filtered.low, filtered.cov, covs)
-    earlier = [part[:-1] for part in parts]
-    xs = (later, *earlier, costates.vector[1:], costates.matrix[1:])
-    (mean, cov, lagged), _ = in_blocks(moments, constant_part(model), xs, size)
-    return Smoothed(
-        jnp.concatenate((mean, filtered.mean[-1:])), jnp.concatenate((cov, covs[-1:])), lagged
-    )
+    own = [part[:-1] for part in (filtered.mean, filtered.low, stored, filtered.cov)]
+    xs = (_later_dynamics(model), own, (costates.vector[1:], costates.matrix[1:]))
+    return in_blocks(moments, constant_part(model), xs, filtered.mean.shape[-1])[0]
+
+
+def _moments(
+    after: tuple[Array, Array, Array | None],
+    own: Sequence[Array],
+    costates: tuple[Array, Array],
+    form: Any,
+) -> tuple[Array, Array, Array]:
+    r"""Smooth one time; see `bryson_frazier`.
+
+    Args:
+        after: F, Q and whether there is a next time.
+        own: filtered mean, what rounding left out of it, covariance as stored, and itself.
+        costates: of the next time.
+        form: how covariances are stored.
+
+    Returns:
+        Smoothed mean and covariance, $\mathrm{Cov}[z_t, z_{t+1}]$.
+    """
+    weights, noise, goes_on = after
+    mean, low, stored, cov = own
+    if goes_on is not None:
+        costates = jax.tree.map(lambda leaf: jnp.where(goes_on, leaf, 0.0), costates)
+    q, matrix = costates
+    factor = lanes.materialize(form.cholesky(stored))
+    half = matmul(matrix, weights)
+    back = matmul(transpose(weights), half)
+    smoothed = downdate(factor, cov, back)
+    cross = matmul(cov, transpose(weights))
+    drop = lanes.add(lanes.product(back, cross), lanes.product(transpose(half), noise))
+    lagged = lanes.subtract(cross, matmul(cov, lanes.materialize(drop)))
+    if goes_on is not None:
+        lagged = jnp.where(goes_on, lagged, smoothed)
+    return lanes.add(mean, lanes.add(low, matvec(cross, q))), smoothed, lagged
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["fixed"],
+    meta_fields=["size", "form", "filter_form"],
+)
+@dataclass(frozen=True)
+class BrysonFrazier(GaussMarkov):
+    r"""The costates, with steps that are found where they are used.
+
+    One pass in place of three, where single steps run in sequence. The output of a step to t is
+    what `_moments` gives for t, from the costates at t + 1. The form is that of $\Lambda$.
+
+    Args:
+        filter_form: how the filter stored covariances.
+        fixed: the constant part of the model.
+    """
+
+    filter_form: Any
+    fixed: Model
+
+    def step(self, state: tuple[Array, Array], x: tuple) -> tuple[tuple[Array, Array], tuple]:
+        """Step back."""
+        loop, noise, own = x
+        *_, weights, goes_on = loop
+        weights = self.fixed.weights if weights is None else weights
+        noise = self.fixed.noise if noise is None else noise
+        moments = _moments((weights, noise, goes_on), own, state, self.filter_form)
+        state, _ = super().step(state, close_loop(self.fixed, loop))
+        return state, moments
+
+    def absorb(self, summary: Transition, x: tuple) -> Transition:
+        """Lengthen a block."""
+        return self.combine(summary, close_loop(self.fixed, x[0]))

@@ -57,14 +57,20 @@ def choose(
     return Blocked(num_blocks) if num_timesteps >= 64 else Sequential()
 
 
+def runs_in_sequence(backend: Backend | None, num_timesteps: int, state_dim: int) -> bool:
+    """Tell whether steps of a Kalman recurrence run one after the other."""
+    if backend is None:
+        backend = choose(num_timesteps=num_timesteps, state_dim=state_dim)
+    return isinstance(backend, Sequential)
+
+
 def steps_fill_machine(backend: Backend | None, num_timesteps: int, state_dim: int) -> bool:
     """Tell whether single steps run in sequence because each of them keeps the machine busy.
 
     Passes over all times are then best made in one, instead of one after the other.
     """
-    if backend is None:
-        backend = choose(num_timesteps=num_timesteps, state_dim=state_dim)
-    return isinstance(backend, Sequential) and not fills_lanes(state_dim)
+    in_sequence = runs_in_sequence(backend, num_timesteps, state_dim)
+    return in_sequence and not fills_lanes(state_dim)
 
 
 def run(
