@@ -2,11 +2,12 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from elkax.gaussian.covariance import Covariance
-from elkax.gaussian.kalman import FilterOutput, KalmanFilter, State, find_precision, fold_rows
+from elkax.gaussian.kalman import FilterOutput, KalmanFilter, find_precision, fold_rows
 from elkax.gaussian.markov import GaussMarkov, Transition
 from elkax.gaussian.model import Model, constant_part, merge, over_time
 from elkax.scan import Backend, lanes, run
@@ -60,13 +61,13 @@ def filter_model(model: Model, form: Any, backend: Backend | None) -> FilterOutp
     return output._replace(observed=model.observed)
 
 
-def before(filtered: FilterOutput) -> State:
-    """Give the state that each step starts from, zero before the first."""
+def before(filtered: FilterOutput) -> tuple[Array, Array | None, Array]:
+    """Give the moments that each step starts from, zero before the first."""
 
     def shift(leaf: Array) -> Array:
         return jnp.concatenate((jnp.zeros_like(leaf[:1]), leaf[:-1]))
 
-    return shift(filtered.mean), shift(filtered.low), shift(filtered.cov)
+    return jax.tree.map(shift, (filtered.mean, filtered.low, filtered.cov))
 
 
 def next_weights(model: Model) -> Array | None:

@@ -16,6 +16,7 @@ from elkax.gaussian.kalman import (
     find_precision,
     fold_rows,
     log_density,
+    refine,
 )
 from elkax.gaussian.model import RANKS, Model, constant_part, merge, over_time
 from elkax.gaussian.sharing import share_mask
@@ -138,10 +139,10 @@ def _score(model: Model, filtered: FilterOutput, backend: Backend | None) -> Mod
         after = (matvec(back, later[0]), matmul(matmul(back, later[1]), transpose(back)))
         if goes_on is not None:
             after = jax.tree.map(lambda leaf: jnp.where(goes_on, leaf, 0.0), after)
-        smoothed = lanes.add(mean, lanes.add(low, matvec(cov, after[0])))
+        smoothed = lanes.add(mean, refine(low, matvec(cov, after[0])))
         drawn = matvec(earlier_cov, matvec(transpose(own.weights), q))
-        smoothed_earlier = lanes.add(earlier, lanes.add(earlier_low, drawn))
-        _, _, predicted = KalmanFilter(fixed, Covariance()).predict(own, state)
+        smoothed_earlier = lanes.add(earlier, refine(earlier_low, drawn))
+        predicted = KalmanFilter(fixed, Covariance()).predict_cov(own, earlier_cov)
         entries = (own.rows, residual, variance, own.observed)
         u, d, covariate = _entries(predicted, after, entries)
         square, half = 0.5 * q[:, None] * q[None], 0.5 * matrix

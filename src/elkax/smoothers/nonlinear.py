@@ -140,7 +140,7 @@ def smooth_moments(
     nothing = jnp.zeros_like(model.values)
     output = FilterOutput(
         mean=means,
-        low=jnp.zeros_like(means),
+        low=None,
         cov=stored,
         correction=means - predicted,
         residual=nothing,
