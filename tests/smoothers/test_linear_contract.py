@@ -230,6 +230,23 @@ def test_ragged_batch_under_vmap(padding):
         check_cut(jax.tree.map(lambda x, i=i: x[i], posteriors), name, length)
 
 
+@pytest.mark.parametrize("noise", [0.5, 0.0])
+def test_ragged_series_of_one_model(noise):
+    """Another number of series than of states, with regular and with singular predictions."""
+    start = np.eye(2) if noise else np.ones((2, 2))
+    params = make_params(
+        np.zeros(2), start, 0.9 * np.eye(2), noise * np.eye(2), np.array([[1.0, 0.3]]), np.eye(1)
+    )
+    lengths = (6, 4, 1)
+    emissions = jax.random.normal(jax.random.key(0), (3, 6, 1))
+    smooth = jax.vmap(lambda y, length: elkax.lgssm_smoother(params, y, length=length))
+    together = jax.jit(smooth)(emissions, jnp.array(lengths))
+    for i, length in enumerate(lengths):
+        alone = elkax.lgssm_smoother(params, emissions[i, :length])
+        for one, all_of_them in zip(alone[1:], together[1:], strict=True):
+            np.testing.assert_allclose(all_of_them[i, : len(one)], one, atol=1e-12)
+
+
 RAGGED_SMOOTHER = jax.jit(jax.vmap(partial(smooth_to_length, "blocked", "covariance")))
 
 

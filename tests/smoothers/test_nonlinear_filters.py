@@ -2,6 +2,7 @@
 
 from functools import cache, partial
 
+import chex
 import dynamax.generalized_gaussian_ssm as dynamax_general
 import dynamax.nonlinear_gaussian_ssm as dynamax_nonlinear
 import jax
@@ -94,6 +95,26 @@ def test_extended_smoother_is_dynamax():
     again = jax.jit(partial(elkax.extended_kalman_smoother, PARAMS))(EMISSIONS, given)
     for actual, expected in zip(again, ours, strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_smoother_of_given_moments_with_singular_predictions():
+    """Costates need the innovations, which the given moments do not hold."""
+    weights = jnp.array([[0.9, 0.3], [-0.2, 0.8]])
+    params = ParamsNLGSSM(
+        initial_mean=jnp.zeros(2),
+        initial_covariance=jnp.outer(jnp.array([1.0, 2.0]), jnp.array([1.0, 2.0])),
+        dynamics_function=lambda z: weights @ z,
+        dynamics_covariance=jnp.zeros((2, 2)),
+        emission_function=lambda z: z[:1],
+        emission_covariance=0.1 * jnp.eye(1),
+    )
+    emissions = jnp.sin(jnp.arange(6.0))[:, None].at[2].set(jnp.nan) + 2.0
+    for form in ("covariance", "square_root"):
+        given = elkax.extended_kalman_filter(params, emissions, form=form)
+        smoothed = elkax.extended_kalman_smoother(params, emissions, given, form=form)
+        chex.assert_trees_all_close(
+            smoothed, elkax.extended_kalman_smoother(params, emissions, form=form), rtol=1e-9
+        )
 
 
 def test_inputs_and_time_varying_noise_are_dynamax():

@@ -61,12 +61,13 @@ def filter_model(model: Model, form: Any, backend: Backend | None) -> FilterOutp
     return output._replace(observed=model.observed)
 
 
+def shift(leaf: Array) -> Array:
+    """Give what stands at t - 1, zero at t = 0."""
+    return jnp.concatenate((jnp.zeros_like(leaf[:1]), leaf[:-1]))
+
+
 def before(filtered: FilterOutput) -> tuple[Array, Array | None, Array]:
     """Give the moments that each step starts from, zero before the first."""
-
-    def shift(leaf: Array) -> Array:
-        return jnp.concatenate((jnp.zeros_like(leaf[:1]), leaf[:-1]))
-
     return jax.tree.map(shift, (filtered.mean, filtered.low, filtered.cov))
 
 
@@ -143,7 +144,7 @@ def find_costates(model: Model, filtered: FilterOutput, backend: Backend | None)
 
     Args:
         model: the model, covariances themselves.
-        filtered: the filter's output, covariances themselves.
+        filtered: the filter's output, covariances themselves; residuals and variances count.
         backend: how to run the backward recurrence.
 
     Returns:

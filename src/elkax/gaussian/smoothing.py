@@ -285,6 +285,12 @@ def _back_by_costates(
     return in_blocks(moments, constant_part(model), xs, filtered.mean.shape[-1])[0]
 
 
+def _only_where(flag: Array, leaf: Array, rank: int) -> Array:
+    """Put zero where a flag (lanes) is False."""
+    leaf, flag = lanes.align(leaf, rank, flag, 0)
+    return jnp.where(flag, leaf, 0.0)
+
+
 def _moments(
     after: tuple[Array, Array, Array | None],
     own: tuple[Array, Array | None, Array, Array],
@@ -304,9 +310,9 @@ def _moments(
     """
     weights, noise, goes_on = after
     mean, low, stored, cov = own
-    if goes_on is not None:
-        costates = jax.tree.map(lambda leaf: jnp.where(goes_on, leaf, 0.0), costates)
     q, matrix = costates
+    if goes_on is not None:
+        q, matrix = _only_where(goes_on, q, 1), _only_where(goes_on, matrix, 2)
     factor = lanes.materialize(form.cholesky(stored))
     half = matmul(matrix, weights)
     back = matmul(transpose(weights), half)

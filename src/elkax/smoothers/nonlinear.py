@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from elkax.gaussian import FilterOutput, Form, KalmanFilter, Model
+from elkax.gaussian.costates import encode_model, shift
 from elkax.gaussian.kalman import log_density
-from elkax.gaussian.model import RANKS
+from elkax.gaussian.model import RANKS, constant_part, over_time
 from elkax.gaussian.smoothing import Smoothed, smooth
 from elkax.linearize import Affine, Linearizer, Observation, Taylor
 from elkax.scan import Backend
 from elkax.scan.lanes import from_lanes, matvec, to_lanes
+from elkax.scan.layout import in_blocks
 from elkax.smoothers.linearization import Linearized, assemble, linearize, uncorrelated
 from elkax.smoothers.system import Data, System
 
@@ -132,21 +134,24 @@ def smooth_moments(
     form: Form,
     backend: Backend | None,
 ) -> Smoothed:
-    """Smooth filtered moments (T, D) and (T, D, D), steps and emissions expanded about them."""
+    """Smooth filtered moments (T, D) and (T, D, D), steps and emissions expanded about them.
+
+    Innovations, of which the moments say nothing, are those of a filter step from each of them.
+    """
     model = linearize(system, data, Taylor(), means, None).model
     predicted = from_lanes(matvec(to_lanes(model.weights[1:]), to_lanes(means[:-1])))
     predicted = jnp.concatenate((data.initial_mean[None], predicted + model.offset[1:]))
     stored = from_lanes(form.encode(to_lanes(covs)))
-    nothing = jnp.zeros_like(model.values)
-    output = FilterOutput(
-        mean=means,
-        low=None,
-        cov=stored,
-        correction=means - predicted,
-        residual=nothing,
-        variance=jnp.ones_like(nothing),
-        observed=model.observed,
-    )
+    encoded = encode_model(model, form)
+
+    def step(fixed: Model, x: tuple[Model, Array, Array]) -> tuple[FilterOutput, None]:
+        own, mean, cov = x
+        return KalmanFilter(fixed, form).step((mean, jnp.zeros_like(mean), cov), own)[1], None
+
+    varying = over_time(lambda field, rank: field, encoded)
+    earlier = (shift(part) for part in (means, stored))
+    output, _ = in_blocks(step, constant_part(encoded), (varying, *earlier), means.shape[-1])
+    output = output._replace(mean=means, low=None, cov=stored, correction=means - predicted)
     return smooth(model, output, form, backend)
 
 
