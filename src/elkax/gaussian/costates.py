@@ -2,12 +2,11 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from elkax.gaussian.covariance import Covariance
-from elkax.gaussian.kalman import FilterOutput, KalmanFilter, find_precision, fold_rows
+from elkax.gaussian.kalman import FilterOutput, KalmanFilter, State, find_precision, fold_rows
 from elkax.gaussian.markov import GaussMarkov, Transition
 from elkax.gaussian.model import Model, constant_part, merge, over_time
 from elkax.scan import Backend, lanes, run
@@ -66,9 +65,9 @@ def shift(leaf: Array) -> Array:
     return jnp.concatenate((jnp.zeros_like(leaf[:1]), leaf[:-1]))
 
 
-def before(filtered: FilterOutput) -> tuple[Array, Array | None, Array]:
-    """Give the moments that each step starts from, zero before the first."""
-    return jax.tree.map(shift, (filtered.mean, filtered.low, filtered.cov))
+def before(filtered: FilterOutput) -> State:
+    """Give the state that each step starts from, zero before the first."""
+    return shift(filtered.mean), shift(filtered.low), shift(filtered.cov)
 
 
 def next_weights(model: Model) -> Array | None:

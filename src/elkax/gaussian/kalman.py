@@ -33,7 +33,7 @@ class FilterOutput(NamedTuple):
 
     Attributes:
         mean: $m_{t|t}$ (D,), rounded.
-        low: (D,) what that rounding left out, None in types of many digits.
+        low: (D,) what that rounding left out.
         cov: $P_{t|t}$ (D, D), stored in the form in use.
         correction: $m_{t|t} - m_{t|t-1}$ (D,).
         residual: (N,) uncorrelated scalar innovations $v_i$, 0 where missing.
@@ -42,17 +42,12 @@ class FilterOutput(NamedTuple):
     """
 
     mean: Array
-    low: Array | None
+    low: Array
     cov: Array
     correction: Array
     residual: Array
     variance: Array
     observed: Array
-
-
-def refine(low: Array | None, change: Array) -> Array:
-    """Add what rounding left out of a mean, if that is known, to a change of the mean."""
-    return change if low is None else lanes.add(low, change)
 
 
 def standardize(output: FilterOutput) -> Array:
@@ -150,15 +145,16 @@ class KalmanFilter:
 
         (shift, cov), (residual, variance) = fold_rows(update, (low, cov), entries(model, floors))
         mean, rest = two_sum(predicted, shift)
-        correction = shift - low
+        output = FilterOutput(mean, rest, cov, shift - low, residual, variance, model.observed)
         if model.valid is not None:
-            mean = jnp.where(model.valid, mean, state[0])
-            rest = jnp.where(model.valid, rest, state[1])
-            cov = jnp.where(model.valid, cov, state[2])
-            correction = jnp.where(model.valid, correction, 0.0)
-        kept = rest if lanes.is_short(mean.dtype) else None
-        found = (lanes.halves(cov)[0], correction, residual, variance, model.observed)
-        return (mean, rest, cov), FilterOutput(mean, kept, *found)
+            output = output._replace(
+                mean=jnp.where(model.valid, mean, state[0]),
+                low=jnp.where(model.valid, rest, state[1]),
+                cov=jnp.where(model.valid, cov, state[2]),
+                correction=jnp.where(model.valid, output.correction, 0.0),
+            )
+        cov, _ = lanes.halves(output.cov)
+        return (output.mean, output.low, output.cov), output._replace(cov=cov)
 
     def identity(self, lane_shape: tuple[int, ...], dtype: DTypeLike) -> Summary:
         """Summarise no step: the state stays and nothing is observed."""

@@ -16,7 +16,6 @@ from elkax.gaussian.kalman import (
     find_precision,
     fold_rows,
     log_density,
-    refine,
 )
 from elkax.gaussian.model import RANKS, Model, constant_part, merge, over_time
 from elkax.gaussian.sharing import share_mask
@@ -139,9 +138,9 @@ def _score(model: Model, filtered: FilterOutput, backend: Backend | None) -> Mod
         after = (matvec(back, later[0]), matmul(matmul(back, later[1]), transpose(back)))
         if goes_on is not None:
             after = jax.tree.map(lambda leaf: jnp.where(goes_on, leaf, 0.0), after)
-        smoothed = lanes.add(mean, refine(low, matvec(cov, after[0])))
+        smoothed = lanes.add(mean, lanes.add(low, matvec(cov, after[0])))
         drawn = matvec(earlier_cov, matvec(transpose(own.weights), q))
-        smoothed_earlier = lanes.add(earlier, refine(earlier_low, drawn))
+        smoothed_earlier = lanes.add(earlier, lanes.add(earlier_low, drawn))
         predicted = KalmanFilter(fixed, Covariance()).predict_cov(own, earlier_cov)
         entries = (own.rows, residual, variance, own.observed)
         u, d, covariate = _entries(predicted, after, entries)

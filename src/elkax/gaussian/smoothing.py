@@ -1,5 +1,6 @@
 """Smoothing of a filtered sequence: Rauch-Tung-Striebel and Bryson-Frazier."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from jaxtyping import Array
 from elkax.gaussian.costates import close_loop, encode_model, find_costates, loop_inputs
 from elkax.gaussian.covariance import Covariance
 from elkax.gaussian.factor import gram, psd_cholesky, symmetrize
-from elkax.gaussian.kalman import FilterOutput, refine
+from elkax.gaussian.kalman import FilterOutput
 from elkax.gaussian.markov import GaussMarkov, Transition
 from elkax.gaussian.model import Model, constant_part, dynamics_over_time, merge
 from elkax.scan import Backend, Sequential, lanes, run
@@ -190,7 +191,7 @@ def _join(
     """Add the last time, and the filtered means to the deviations from them."""
     delta = jnp.concatenate((deviations, jnp.zeros_like(deviations[:1])))
     covs = _decode(jnp.concatenate((covs, filtered.cov[-1:])), form)
-    return Smoothed(filtered.mean + refine(filtered.low, delta), covs, lagged)
+    return Smoothed(filtered.mean + (filtered.low + delta), covs, lagged)
 
 
 def _gains(model: Model, filtered: FilterOutput, form: Any) -> tuple[Transition, Array]:
@@ -279,8 +280,7 @@ def _back_by_costates(
         after = merge(fixed, after)
         return _moments((after.weights, after.noise, after.valid), own, costates, form), None
 
-    every = (filtered.mean, filtered.low, stored, filtered.cov)
-    own = jax.tree.map(lambda part: part[:-1], every)
+    own = [part[:-1] for part in (filtered.mean, filtered.low, stored, filtered.cov)]
     xs = (_later_dynamics(model), own, (costates.vector[1:], costates.matrix[1:]))
     return in_blocks(moments, constant_part(model), xs, filtered.mean.shape[-1])[0]
 
@@ -293,7 +293,7 @@ def _only_where(flag: Array, leaf: Array, rank: int) -> Array:
 
 def _moments(
     after: tuple[Array, Array, Array | None],
-    own: tuple[Array, Array | None, Array, Array],
+    own: Sequence[Array],
     costates: tuple[Array, Array],
     form: Any,
 ) -> tuple[Array, Array, Array]:
@@ -322,7 +322,7 @@ def _moments(
     lagged = lanes.subtract(cross, matmul(cov, lanes.materialize(drop)))
     if goes_on is not None:
         lagged = jnp.where(goes_on, lagged, smoothed)
-    return lanes.add(mean, refine(low, matvec(cross, q))), smoothed, lagged
+    return lanes.add(mean, lanes.add(low, matvec(cross, q))), smoothed, lagged
 
 
 @partial(

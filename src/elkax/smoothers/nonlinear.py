@@ -151,7 +151,9 @@ def smooth_moments(
     varying = over_time(lambda field, rank: field, encoded)
     earlier = (shift(part) for part in (means, stored))
     output, _ = in_blocks(step, constant_part(encoded), (varying, *earlier), means.shape[-1])
-    output = output._replace(mean=means, low=None, cov=stored, correction=means - predicted)
+    output = output._replace(
+        mean=means, low=jnp.zeros_like(means), cov=stored, correction=means - predicted
+    )
     return smooth(model, output, form, backend)
 
 
