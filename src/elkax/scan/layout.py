@@ -106,7 +106,7 @@ def in_blocks(
                 ]
             fixed, xs = tree.unflatten(leaves)
             outputs, totals = over_time(fixed, xs, count)
-            return series_first((outputs, totals), expected)
+            return series_first((outputs, totals), expected, count)
 
         return rule
 

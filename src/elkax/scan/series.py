@@ -117,17 +117,18 @@ def series_last(flags: Sequence[bool], leaves: Leaves) -> Leaves:
     ]
 
 
-def series_first(results: PyTree, single: PyTree) -> tuple[PyTree, PyTree]:
+def series_first(results: PyTree, single: PyTree, size: int) -> tuple[PyTree, PyTree]:
     """Move a batch axis from the end to the front, where results have one; returns as a `Rule`.
 
     Args:
         results: with one axis more than `single` where they depend on the batch; an additional
             axis of length one says that they do not.
         single: arrays or shapes for one series.
+        size: how many series there are, perhaps one.
     """
 
     def has_series(result: Array, one: Any) -> bool:
-        return result.ndim > one.ndim and result.shape[-1] > 1
+        return result.ndim > one.ndim and result.shape[-1] == size
 
     def move(result: Array, one: Any) -> Array:
         if has_series(result, one):
@@ -175,7 +176,7 @@ def run_series(
             scannable, state, xs = in_lanes
             state = _widen(partial(step, scannable), state, xs, size)
             results = Sequential()(scannable, state, xs, reverse=reverse)
-            return series_first(results, single)
+            return series_first(results, single, size)
 
         return rule
 
