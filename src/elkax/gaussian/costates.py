@@ -1,17 +1,21 @@
-"""The filter over a whole sequence, and its costates."""
+"""The filter over a whole sequence, and its costates by Bryson and Frazier's recurrence."""
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from elkax.gaussian.covariance import Covariance
-from elkax.gaussian.kalman import FilterOutput, KalmanFilter, State, find_precision, fold_rows
+from elkax.gaussian.kalman import FilterOutput, KalmanFilter, find_precision, fold_rows
 from elkax.gaussian.markov import GaussMarkov, Transition
-from elkax.gaussian.model import Model, constant_part, merge, over_time
-from elkax.scan import Backend, lanes, run
-from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes, transpose
-from elkax.scan.layout import in_blocks
+from elkax.gaussian.model import Model, constant_part, over_time
+from elkax.scan import Backend, Sequential, lanes, run
+from elkax.scan.choice import runs_in_sequence
+from elkax.scan.fallback import where_sound
+from elkax.scan.lanes import dot, from_lanes, matmul, matvec, to_lanes, transpose
 
 
 class Costates(NamedTuple):
@@ -50,24 +54,50 @@ def filter_model(model: Model, form: Any, backend: Backend | None) -> FilterOutp
         Output of every step, covariances stored in `form`.
     """
     stored = encode_model(model, form)
-    size = model.initial_mean.shape[0]
-    zero = jnp.zeros_like(model.initial_mean)
-    start = (zero, zero, form.exact(jnp.zeros_like(model.initial_cov)))
+    length, size = len(model.first), len(model.initial_mean)
     kalman = KalmanFilter(constant_part(stored), form)
     xs = over_time(lambda field, rank: field, stored)
-    output = run(kalman, start, xs, backend=backend, state_dim=size)[1]
+    start = kalman.begin(model.initial_mean.dtype)
+    if model.unknown is None or runs_in_sequence(backend, length, size):
+        output = run(kalman, start, xs, backend=backend, state_dim=size)[1]
+    else:
+        output = _filter_unknown(kalman, start, xs, backend)
     # The same, without a copy.
     return output._replace(observed=model.observed)
+
+
+def _filter_unknown(
+    kalman: KalmanFilter, start: Any, xs: Model, backend: Backend | None
+) -> FilterOutput:
+    """Filter step by step while something may be unknown, and then by a parallel backend.
+
+    A block of steps has no summary for a state of which something is unknown. Twice as many steps
+    as there are states, and some, usually tell everything; else all steps run in sequence.
+    """
+    size = len(kalman.fixed.initial_mean)
+    length = len(jax.tree.leaves(xs)[0])
+    head = min(2 * size + 8, length)
+    early, late = (jax.tree.map(lambda leaf, s=s: leaf[s], xs) for s in (slice(head), slice(head, None)))
+    sequential = partial(run, kalman, backend=Sequential())
+    state, first = sequential(start, early)
+    if head == length:
+        return first
+
+    def in_parallel() -> FilterOutput:
+        known = state._replace(unknown=None)
+        output = run(kalman, known, late, backend=backend, state_dim=size)[1]
+        shape = (length - head, *state.unknown.shape)
+        return output._replace(unknown=jnp.broadcast_to(state.unknown, shape))
+
+    rest = where_sound(
+        jnp.all(state.unknown[:size] == 0), in_parallel, lambda: sequential(state, late)[1]
+    )
+    return jax.tree.map(lambda a, b: jnp.concatenate((a, b)), first, rest)
 
 
 def shift(leaf: Array) -> Array:
     """Give what stands at t - 1, zero at t = 0."""
     return jnp.concatenate((jnp.zeros_like(leaf[:1]), leaf[:-1]))
-
-
-def before(filtered: FilterOutput) -> State:
-    """Give the state that each step starts from, zero before the first."""
-    return shift(filtered.mean), shift(filtered.low), shift(filtered.cov)
 
 
 def next_weights(model: Model) -> Array | None:
@@ -80,83 +110,204 @@ def continues(model: Model) -> Array | None:
     return None if model.valid is None else jnp.append(model.valid[1:], False)
 
 
-def loop_inputs(model: Model, filtered: FilterOutput) -> tuple:
-    """Give what `close_loop` takes at t = 0, ..., T - 1; covariances themselves."""
-    varying = over_time(lambda field, rank: field, model)
-    *_, earlier = before(filtered)
-    update = filtered.residual, filtered.variance
-    return varying, earlier, update, next_weights(model), continues(model)
+class Entries(NamedTuple):
+    r"""The scalar updates of one time step.
 
-
-def close_loop(fixed: Model, x: tuple) -> Transition:
-    r"""Compute the step of the costates from t + 1 to t.
-
-    Its weights are $W_t^\top F_{t+1}^\top$, its offset $e_t$, its covariance $B_t$, as
-    `find_costates` has them. Entry by entry, with P before the entry, $g = W^\top h$ and innovation
-    v of variance s: $W - Phg^\top/s$, $e + gv/s$ and $B + gg^\top/s$.
-
-    Args:
-        fixed: the constant part of the model.
-        x: the model at t, the covariance at t - 1, residuals and variances at t, the weights at
-            t + 1 if they vary, and whether there is a time t + 1.
+    Attributes:
+        rows: $h_i$ (N, D).
+        gains: $k_i$ (N, D).
+        residuals: $v_i$ (N,).
+        precisions: $1/s_i$ (N,), 0 where nothing was learned.
     """
-    own, cov, (residual, variance), following, goes_on = x
-    own = merge(fixed, own)
-    cov = KalmanFilter(fixed, Covariance()).predict_cov(own, cov)
-    precision = find_precision(own.observed, variance)
-    # The filter skips what is singular. Zero times a variance that is not finite stays visible.
-    precision, skipped = lanes.align(precision, 1, jnp.multiply(0.0, own.variances), 1)
-    precision = jnp.where(jnp.isnan(precision), skipped, precision)
 
-    def update(carry: tuple, entry: tuple) -> tuple[tuple, None]:
-        cov, kept, vector, matrix = carry
-        h, v, weight = entry
-        projection, through = lanes.materialize((matvec(cov, h), matvec(transpose(kept), h)), 1)
-        gain, scaled = lanes.scale(projection, weight), lanes.scale(through, weight)
-        carry = (
-            cov - lanes.outer(gain, projection),
-            kept - lanes.outer(gain, through),
-            lanes.add(vector, lanes.scale(scaled, v)),
-            matrix + lanes.outer(scaled, through),
-        )
-        return carry, None
-
-    size = cov.shape[0]
-    nothing = jnp.zeros_like(cov)
-    vector = jnp.zeros((size, *jnp.broadcast_shapes(residual.shape[1:], cov.shape[2:])), cov.dtype)
-    start = (cov, lanes.identity(size, cov.shape[2:], cov.dtype), vector, nothing)
-    (_, kept, vector, matrix), _ = fold_rows(update, start, (own.rows, residual, precision))
-    back = transpose(matmul(fixed.weights if following is None else following, kept))
-    if own.valid is not None:
-        vector, matrix = jnp.where(own.valid, vector, 0.0), jnp.where(own.valid, matrix, 0.0)
-        back = jnp.where(own.valid & goes_on, back, 0.0)
-    return Transition(back, vector, matrix)
+    rows: Array
+    gains: Array
+    residuals: Array
+    precisions: Array
 
 
-def find_costates(model: Model, filtered: FilterOutput, backend: Backend | None) -> Costates:
-    r"""Run the Bryson-Frazier recurrence.
+class Reverse(NamedTuple):
+    """What a step back from t + 1 to t takes; see `BrysonFrazier`.
+
+    Attributes:
+        rows: of the model at t, None if they are constant.
+        update: gains, residuals and precisions at t.
+        weights: $F_{t+1}$, None if it is constant.
+        noise: $Q_{t+1}$, None if it is constant or no moments are wanted.
+        goes_on: whether there is a time t + 1, None if there always is, or the costates are zero.
+        filtered: mean, what rounding left out of it, and covariance at t; None if no moments are
+            wanted.
+    """
+
+    rows: Array | None
+    update: tuple[Array, Array, Array]
+    weights: Array | None
+    noise: Array | None
+    goes_on: Array | None
+    filtered: tuple[Array, Array, Array] | None
+
+
+def reverse_inputs(model: Model, filtered: FilterOutput, *, moments: bool) -> Reverse:
+    """Give what `BrysonFrazier` takes at t = 0, ..., T - 1; covariances themselves."""
+    precision = from_lanes(
+        find_precision(to_lanes(filtered.observed), to_lanes(filtered.variance))
+    )
+    noise = jnp.roll(model.noise, -1, axis=0) if model.noise.ndim == 3 and moments else None
+    return Reverse(
+        model.rows if model.rows.ndim == 3 else None,
+        (filtered.gain, filtered.residual, precision),
+        next_weights(model),
+        noise,
+        continues(model),
+        (filtered.mean, filtered.low, filtered.cov) if moments else None,
+    )
+
+
+def go_back(entries: Entries, q: Array, matrix: Array) -> tuple[Array, Array]:
+    r"""Carry costates back through the updates of one time, from the last entry to the first.
+
+    $u = v/s - k^\top q$, $q + uh$ and
+    $(I - kh^\top)^\top\Lambda(I - kh^\top) + hh^\top/s$.
+    """
+
+    def back(carry: tuple[Array, Array], entry: Entries) -> tuple[tuple[Array, Array], None]:
+        q, matrix = carry
+        h, k, v, weight = entry
+        v, weight = lanes.align(v, 0, weight, 0)
+        u = v * weight - dot(k, q)
+        return (lanes.add(q, lanes.scale(h, u)), Covariance().correct(matrix, k, weight, h)), None
+
+    turned = jax.tree.map(lambda leaf: leaf[::-1], entries)
+    return fold_rows(back, (q, matrix), turned)[0]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["fixed"],
+    meta_fields=["size", "form"],
+)
+@dataclass(frozen=True)
+class BrysonFrazier(GaussMarkov):
+    r"""The recurrence of the costates $(q_t, \Lambda_t)$ back in time, and the smoothed moments.
 
     With $W_t = I - K_tH_t$, $e_t = H_t^\top S_t^{-1}v_t$ and $B_t = H_t^\top S_t^{-1}H_t$:
     $q_t = e_t + W_t^\top F_{t+1}^\top q_{t+1}$,
     $\Lambda_t = B_t + W_t^\top F_{t+1}^\top\Lambda_{t+1}F_{t+1}W_t$. Only innovation variances
-    are divided by, entry by entry.
+    are divided by, entry by entry, and none is that is zero: right at every rank.
+
+    The output of a step is $(q_t, \Lambda_t)$ or, where filtered moments are given, the smoothed
+    ones: with $N = F^\top\Lambda_{t+1}F$, mean $m_{t|t} + P_{t|t}F^\top q_{t+1}$, covariance
+    $P_{t|t} - P_{t|t}NP_{t|t}$ and $\mathrm{Cov}[z_t, z_{t+1}] =
+    P_{t|t}F^\top(I - \Lambda P_{t+1|t}) = P_{t|t}F^\top - P_{t|t}(NP_{t|t}F^\top +
+    F^\top\Lambda Q)$. The form is that of $\Lambda$.
+
+    Args:
+        fixed: the constant part of the model.
+    """
+
+    fixed: Model
+
+    def step(self, state: tuple[Array, Array], x: Reverse) -> tuple[tuple[Array, Array], tuple]:
+        """Step back."""
+        q, matrix = state
+        weights = self.fixed.weights if x.weights is None else x.weights
+        if x.goes_on is not None:
+            q, matrix = _only_where(x.goes_on, q, 1), _only_where(x.goes_on, matrix, 2)
+        half = lanes.materialize(lanes.product(matrix, weights))
+        back = lanes.materialize(lanes.product(transpose(weights), half))
+        after = matvec(transpose(weights), q)
+        rows = self.fixed.rows if x.rows is None else x.rows
+        state = go_back(Entries(rows, *x.update), after, back)
+        if x.filtered is None:
+            return state, state
+        noise = self.fixed.noise if x.noise is None else x.noise
+        mean, low, cov = x.filtered
+        moved = lanes.materialize(lanes.product(back, cov))
+        smoothed = _without_negative(lanes.subtract(cov, matmul(cov, moved)))
+        cross = matmul(cov, transpose(weights))
+        drop = lanes.add(lanes.product(back, cross), lanes.product(transpose(half), noise))
+        lagged = lanes.subtract(cross, matmul(cov, lanes.materialize(drop)))
+        if x.goes_on is not None:
+            lagged = jnp.where(x.goes_on, lagged, smoothed)
+        mean = lanes.add(mean, lanes.add(low, matvec(cov, after)))
+        return state, (mean, smoothed, lagged)
+
+    def absorb(self, summary: Transition, x: Reverse) -> Transition:
+        """Lengthen a block."""
+        return self.combine(summary, self._close(x))
+
+    def _close(self, x: Reverse) -> Transition:
+        r"""Compute the step: its weights are $W_t^\top F_{t+1}^\top$."""
+        weights = self.fixed.weights if x.weights is None else x.weights
+        rows = self.fixed.rows if x.rows is None else x.rows
+        size, shape = self.size, x.update[0].shape[2:]
+        kept = lanes.identity(size, shape, weights.dtype)
+        vector = jnp.zeros((size, *shape), weights.dtype)
+        matrix = jnp.zeros((size, size, *shape), weights.dtype)
+
+        def update(carry: tuple, entry: Entries) -> tuple[tuple, None]:
+            kept, vector, matrix = carry
+            h, k, v, weight = entry
+            through = lanes.materialize(matvec(transpose(kept), h), 1)
+            scaled = lanes.scale(through, weight)
+            carry = (
+                kept - lanes.outer(k, through),
+                lanes.add(vector, lanes.scale(scaled, v)),
+                matrix + lanes.outer(scaled, through),
+            )
+            return carry, None
+
+        entries = Entries(rows, *x.update)
+        (kept, vector, matrix), _ = fold_rows(update, (kept, vector, matrix), entries)
+        back = transpose(matmul(weights, kept))
+        if x.goes_on is not None:
+            back = _only_where(x.goes_on, back, 2)
+        return Transition(back, vector, matrix)
+
+
+def _only_where(flag: Array, leaf: Array, rank: int) -> Array:
+    """Put zero where a flag (lanes) is False."""
+    leaf, flag = lanes.align(leaf, rank, flag, 0)
+    return jnp.where(flag, leaf, 0.0)
+
+
+def _without_negative(cov: Array) -> Array:
+    """Average with the transpose, and make a variance zero that rounding made negative."""
+    eye = lanes.identity(cov.shape[0], (1,) * (cov.ndim - 2), bool)
+    cov = 0.5 * (cov + transpose(cov))
+    return jnp.where(eye & (cov < 0), 0.0, cov)
+
+
+def _run_back(
+    model: Model, filtered: FilterOutput, backend: Backend | None, *, moments: bool
+) -> tuple:
+    size = filtered.mean.shape[-1]
+    start = (jnp.zeros_like(filtered.mean[-1]), jnp.zeros_like(filtered.cov[-1]))
+    recurrence = BrysonFrazier(size, Covariance(), constant_part(model))
+    xs = reverse_inputs(model, filtered, moments=moments)
+    return run(recurrence, start, xs, backend=backend, state_dim=size, reverse=True)[1]
+
+
+def find_costates(model: Model, filtered: FilterOutput, backend: Backend | None) -> Costates:
+    """Run the Bryson-Frazier recurrence; see `BrysonFrazier`.
 
     Args:
         model: the model, covariances themselves.
-        filtered: the filter's output, covariances themselves; residuals and variances count.
+        filtered: the filter's output; its gains, residuals and variances count.
         backend: how to run the backward recurrence.
 
     Returns:
         Costates at t = 0, ..., T - 1.
     """
-    size = filtered.mean.shape[-1]
+    return Costates(*_run_back(model, filtered, backend, moments=False))
 
-    def transitions(fixed: Model, x: tuple) -> tuple[Transition, None]:
-        return close_loop(fixed, x), None
 
-    steps, _ = in_blocks(transitions, constant_part(model), loop_inputs(model, filtered), size)
-    start = (jnp.zeros_like(filtered.mean[-1]), jnp.zeros_like(filtered.cov[-1]))
-    _, (vector, matrix) = run(
-        GaussMarkov(size, Covariance()), start, steps, backend=backend, state_dim=size, reverse=True
-    )
-    return Costates(vector, matrix)
+def smooth_by_costates(
+    model: Model, filtered: FilterOutput, backend: Backend | None
+) -> tuple[Array, Array, Array]:
+    """Compute smoothed means, covariances and, for t = 0, ..., T - 2, lag-one covariances.
+
+    Arguments as `find_costates`, covariances themselves.
+    """
+    mean, cov, lagged = _run_back(model, filtered, backend, moments=True)
+    return mean, cov, lagged[:-1]

@@ -4,16 +4,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from elkax.gaussian.factor import (
-    gram,
-    is_regular,
-    psd_cholesky,
-    solve_lower,
-    solve_regular,
-    symmetrize,
-)
+from elkax.gaussian.factor import gram, psd_cholesky, solve_lower, symmetrize
 from elkax.scan import lanes
 from elkax.scan.lanes import dot, matmul, matvec, outer, transpose
 
@@ -22,9 +16,14 @@ from elkax.scan.lanes import dot, matmul, matvec, outer, transpose
 class Covariance:
     r"""Gaussian algebra on covariances $P$ and information matrices $J$ themselves.
 
-    The cheapest form. In float32 a variance that an observation makes k times smaller keeps a
-    relative error of about $k\epsilon$; `SquareRoot` keeps $\sqrt k\,\epsilon$.
+    The cheapest form. In float32 a variance that data make k times smaller keeps a relative error
+    of about $k\epsilon$ when it is smoothed; `SquareRoot` keeps $\sqrt k\,\epsilon$.
+
+    Args:
+        exact_entries: whether measurements without error may occur.
     """
+
+    exact_entries: bool = True
 
     def encode(self, covariance: Float[Array, "n n *lanes"]) -> Array:
         """Store a covariance."""
@@ -38,9 +37,13 @@ class Covariance:
         """Return the covariance."""
         return stored
 
-    def cholesky(self, stored: Float[Array, "n n *lanes"], *, written_out: bool = False) -> Array:
-        """Return a lower, possibly singular factor."""
-        return psd_cholesky(stored, written_out=written_out)
+    def variances(self, stored: Float[Array, "n n *lanes"]) -> Array:
+        """Return the diagonal; rounding may have made it negative."""
+        return jnp.maximum(lanes.diagonal_of(stored), 0.0)
+
+    def rounding(self, dtype: DTypeLike) -> tuple[float, float]:
+        r"""Give $\epsilon$ and 8; see `Form`."""
+        return float(jnp.finfo(dtype).eps), 8.0
 
     def times(self, stored: Float[Array, "n n *lanes"], x: Array) -> Array:
         """Multiply the stored matrix with a vector."""
@@ -48,46 +51,9 @@ class Covariance:
 
     def predict(self, weights: Array, stored: Array, noise: Array) -> Array:
         r"""Compute $FPF^\top + Q$."""
-        return self.carry(weights, stored, noise)[1]
-
-    def carry(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Array]:
-        r"""Compute $PF^\top$ and $FPF^\top + Q$."""
-        half, both = lanes.congruence(transpose(weights), stored)
+        _, both = lanes.congruence(transpose(weights), stored)
         both, noise = lanes.align(lanes.materialize(both), 2, noise, 2)
-        return half, symmetrize(both + noise)
-
-    def reverse(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Array, Array]:
-        r"""Turn a step $z' = Fz + N(0, Q)$, $z \sim N(m, P)$, around: $z \mid z'$.
-
-        $G = PF^\top(FPF^\top + Q)^{-1}$ and, in Joseph form,
-        $U = (I - GF)P(I - GF)^\top + GQG^\top$.
-
-        Args:
-            weights: $F$.
-            stored: $P$.
-            noise: $Q$.
-
-        Returns:
-            $G$, $U$, and whether $FPF^\top + Q$ is regular; if not, they are meaningless.
-        """
-        gain, rest, regular = _find_gain(weights, stored, noise)
-        kept = lanes.inner(rest, lanes.materialize(lanes.inner(stored, rest)))
-        added = lanes.inner(gain, lanes.materialize(lanes.inner(noise, gain)))
-        return transpose(gain), symmetrize(lanes.materialize(kept + added)), regular
-
-    def smooth(
-        self, weights: Array, stored: Array, noise: Array, after: Array
-    ) -> tuple[Array, Array, Array]:
-        r"""Carry the covariance $P'$ of $z'$ given all data back to $z$.
-
-        $GP'G^\top + U = (I - GF)P(I - GF)^\top + G(Q + P')G^\top$; other arguments and returns as
-        `reverse`.
-        """
-        gain, rest, regular = _find_gain(weights, stored, noise)
-        kept = lanes.inner(rest, lanes.materialize(lanes.inner(stored, rest)))
-        after, noise = lanes.align(after, 2, noise, 2)
-        _, back = lanes.congruence(gain, after + noise)
-        return transpose(gain), symmetrize(lanes.materialize(kept + back)), regular
+        return symmetrize(both + noise)
 
     def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]:
         r"""Compute $Ph$ and $s = h^\top Ph + r$ for one scalar $y = h^\top z + N(0, r)$.
@@ -100,29 +66,42 @@ class Covariance:
         ph = matvec(stored, row)
         return ph, dot(row, ph) + variance
 
-    def rounding(self, floor: Array) -> Array:
-        """Return the rounding level of an innovation variance summed from terms of size `floor`."""
-        return 8 * jnp.finfo(floor.dtype).eps * floor
+    def gain(self, stored: Array, projection: Array) -> Array:
+        r"""Return $Ph$, the covariance of the state with the scalar, from `project`."""
+        del stored
+        return projection
 
     def update(
-        self, stored: Array, projection: Array, variance: Array, s: Array, active: Array
-    ) -> tuple[Array, Array]:
-        """Condition on the scalar.
+        self, stored: Array, row: Array, projection: Array, variance: Array, s: Array, gain: Array
+    ) -> Array:
+        r"""Condition on the scalar.
 
         Args:
             stored: $P$.
+            row: $h$.
             projection: from `project`.
             variance: $r$.
-            s: innovation variance, any positive number where not active.
-            active: False where nothing is conditioned on.
+            s: innovation variance, any positive number where the gain is zero.
+            gain: $k = Ph/s$, zero where nothing is conditioned on.
 
         Returns:
-            The gain $Ph/s$, zero where not active, and the conditional $P$.
+            The conditional $P$.
         """
-        del variance
-        # Zero times a non-finite entry keeps it visible, where a selection would hide it.
-        gain = projection * jnp.where(active, 1.0 / s, 0.0)
-        return gain, stored - outer(gain, projection)
+        del projection, s
+        return self.correct(stored, row, variance, gain)
+
+    def correct(self, stored: Array, row: Array, variance: Array, gain: Array) -> Array:
+        r"""Compute $(I - kh^\top)P(I - kh^\top)^\top + rkk^\top$ for any gain.
+
+        What rounding leaves in the first product along h is taken away by the second, so that a
+        variance may fall by $1/\epsilon$ and keep its digits (Joseph's form, by rank-one changes).
+
+        References:
+            Bierman (1977), Factorization Methods for Discrete Sequential Estimation, Sec. II.7.
+        """
+        left = lanes.materialize(stored - outer(gain, matvec(stored, row)))
+        right = lanes.scale(gain, variance) - matvec(left, row)
+        return symmetrize(lanes.materialize(left + outer(right, gain)))
 
     def accumulate(self, stored: Array, low: Array, columns: Array) -> tuple[Array, Array]:
         r"""Compute $J + GG^\top$, and what rounding left out of it.
@@ -143,15 +122,6 @@ class Covariance:
     def condition(self, stored: Array, information: Array) -> Array:
         r"""Compute $(I + PJ)^{-1}P$; see `condition_on_information`."""
         return condition_on_information(stored, information)
-
-
-def _find_gain(weights: Array, stored: Array, noise: Array) -> tuple[Array, Array, Array]:
-    r"""Compute $G^\top$, $(I - GF)^\top$, and whether $FPF^\top + Q$ is regular."""
-    half, predicted = Covariance().carry(weights, stored, noise)
-    factor, solved = solve_regular(predicted, transpose(half))
-    solved = lanes.materialize(solved)
-    eye = lanes.identity(solved.shape[0], solved.shape[2:], solved.dtype)
-    return solved, lanes.materialize(eye - lanes.inner(weights, solved)), is_regular(factor)
 
 
 @jax.custom_jvp

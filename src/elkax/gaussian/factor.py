@@ -7,11 +7,11 @@ which can deadlock XLA's CPU thread pool inside a parallel scan and is slow for 
 """
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from elkax.scan import lanes
 from elkax.scan.lanes import (
@@ -25,8 +25,6 @@ from elkax.scan.lanes import (
 )
 
 Index = Array | int
-# Up to this size a loop over the columns of a single matrix is faster than LAPACK, measured on CPU.
-MAX_LOOPED = 12 if LOOPS_ARE_KERNELS else MAX_UNROLLED
 
 
 def _loop(
@@ -75,18 +73,7 @@ def psd_cholesky(
     return _loop(size, column, jnp.zeros_like(p), written_out=written_out)
 
 
-def is_regular(factor: Float[Array, "n n *lanes"]) -> Bool[Array, "*lanes"]:
-    r"""Tell whether $P = LL^\top$ can be solved with: all $L_{jj}^2 > 100n\,\epsilon\,P_{jj}$.
-
-    Measured on squares also for a factor from a QR, because solving with it squares what it holds.
-    """
-    size = factor.shape[0]
-    pivots = lanes.diagonal_of(factor) ** 2
-    level = 100 * size * jnp.finfo(factor.dtype).eps
-    return jnp.all(pivots > level * jnp.sum(factor * factor, axis=1), axis=0)
-
-
-def tria(a: Float[Array, "n m *lanes"]) -> Float[Array, "n n *lanes"]:
+def tria(a: Float[Array, "n m *lanes"], below: Array | None = None) -> Any:
     r"""Compute the lower $L$ with $LL^\top = AA^\top$ and a non-negative diagonal.
 
     Householder reflections from the right, so $A$ is never squared. Each maps the row to the
@@ -96,14 +83,20 @@ def tria(a: Float[Array, "n m *lanes"]) -> Float[Array, "n n *lanes"]:
 
     Args:
         a: any real matrix with m >= n columns.
+        below: (k, m, lanes), a matrix to be multiplied with the same reflections.
 
     Returns:
-        Lower factor, singular if $A$ has dependent rows.
+        Lower factor, singular if $A$ has dependent rows; if `below` is given, that matrix too.
 
     References:
         Parlett (1971), Mathematics of Computation 25(115), for the vector without cancellation.
     """
     size, columns = a.shape[:2]
+    if below is not None:
+        a, below = lanes.align(a, 2, below, 2)
+        shape = jnp.broadcast_shapes(a.shape[2:], below.shape[2:])
+        parts = [jnp.broadcast_to(part, part.shape[:2] + shape) for part in (a, below)]
+        a = jnp.concatenate(parts)
     index = jnp.arange(columns).reshape((columns,) + (1,) * (a.ndim - 2))
 
     def reflect(i: Index, a: Array) -> Array:
@@ -125,9 +118,10 @@ def tria(a: Float[Array, "n m *lanes"]) -> Float[Array, "n n *lanes"]:
         # Turning the column keeps the diagonal >= 0.
         return (a - outer(along, v)) * (1.0 - (1.0 - sign) * unit)[None]
 
-    reflected = _loop(size, reflect, a)[:, :size]
+    reflected = _loop(size, reflect, a)
     lower = jnp.tril(jnp.ones((size, size), bool)).reshape((size, size) + (1,) * (a.ndim - 2))
-    return jnp.where(lower, reflected, 0.0)
+    factor = jnp.where(lower, reflected[:size, :size], 0.0)
+    return factor if below is None else (factor, reflected[size:])
 
 
 def tria_change(
@@ -188,13 +182,13 @@ def solve_lower(
     r"""Solve $LX = B$, or $L^\top X = B$, by substitution over lanes.
 
     Args:
-        factor: lower $L$ without zero pivots.
+        factor: lower $L$; where a pivot is zero, as `psd_cholesky` makes it, $X$ is zero.
         b: right-hand sides.
         transposed: solve with $L^\top$.
         written_out: compile longer and run faster.
 
     Returns:
-        $X$; infinite or NaN where a pivot is zero.
+        $X$.
     """
     factor, b = lanes.align(factor, 2, b, 2)
     size = factor.shape[0]
@@ -204,7 +198,9 @@ def solve_lower(
 
     def row(k: Index, x: Array) -> Array:
         i = size - 1 - k if transposed else k
-        value = materialize((b[i] - matvec(transpose(x), factor[i])) / factor[i, i], 1)
+        pivot = factor[i, i]
+        rest = b[i] - matvec(transpose(x), factor[i])
+        value = materialize(jnp.where(pivot == 0, 0.0, rest / jnp.where(pivot == 0, 1.0, pivot)), 1)
         return x + _unit(size, i, x.ndim, x.dtype) * value
 
     return _loop(size, row, start, written_out=written_out)
@@ -219,27 +215,6 @@ def cho_solve(
     r"""Solve $LL^\top X = B$ over lanes."""
     half = solve_lower(factor, b, written_out=written_out)
     return solve_lower(factor, half, transposed=True, written_out=written_out)
-
-
-def solve_regular(
-    p: Float[Array, "n n *lanes"], b: Float[Array, "n m *lanes_b"]
-) -> tuple[Float[Array, "n n *lanes"], Float[Array, "n m *lanes_x"]]:
-    r"""Solve $PX = B$ where P is positive definite, as fast as it goes.
-
-    Args:
-        p: symmetric; `is_regular` of the factor tells whether the result means anything.
-        b: right-hand sides.
-
-    Returns:
-        Lower factor of P, and $X$.
-    """
-    if p.ndim == 2 and b.ndim == 2 and len(p) > MAX_LOOPED:
-        # LAPACK reads by columns: a symmetric matrix transposed is not copied.
-        factor = jax.lax.linalg.cholesky(transpose(p), symmetrize_input=False)
-        solve = partial(jax.lax.linalg.triangular_solve, factor, left_side=True, lower=True)
-        return factor, solve(solve(b), transpose_a=True)
-    factor = psd_cholesky(materialize(p), written_out=True)
-    return factor, cho_solve(factor, b, written_out=True)
 
 
 @jax.custom_jvp

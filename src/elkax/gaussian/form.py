@@ -2,12 +2,20 @@
 
 from typing import Protocol, runtime_checkable
 
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 
 @runtime_checkable
 class Form(Protocol):
-    """How a covariance is stored; see `Covariance` and `SquareRoot`."""
+    """How a covariance is stored; see `Covariance` and `SquareRoot`.
+
+    Attributes:
+        exact_entries: whether measurements without error (r = 0) may occur. What rounding left in
+            a covariance is then carried beside it, see `KalmanFilter`.
+    """
+
+    exact_entries: bool
 
     def encode(self, covariance: Array) -> Array:
         """Store a covariance."""
@@ -21,8 +29,12 @@ class Form(Protocol):
         """Return the covariance."""
         ...
 
-    def cholesky(self, stored: Array, *, written_out: bool = False) -> Array:
-        """Return a lower factor, possibly singular."""
+    def variances(self, stored: Array) -> Array:
+        """Return the diagonal of the covariance."""
+        ...
+
+    def rounding(self, dtype: DTypeLike) -> tuple[float, float]:
+        """Give the unit that a variance is rounded by, and how many of them tell nothing."""
         ...
 
     def times(self, stored: Array, x: Array) -> Array:
@@ -33,32 +45,22 @@ class Form(Protocol):
         """Propagate through an affine-Gaussian step."""
         ...
 
-    def carry(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Array]:
-        """Propagate, and give the covariance of what was with what comes."""
-        ...
-
-    def reverse(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Array, Array]:
-        """Turn an affine-Gaussian step around."""
-        ...
-
-    def smooth(
-        self, weights: Array, stored: Array, noise: Array, after: Array
-    ) -> tuple[Array, Array, Array]:
-        """Turn it around, and carry a covariance back."""
-        ...
-
     def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]:
         """Begin a scalar update: the projection on its row, and the innovation variance."""
         ...
 
-    def rounding(self, floor: Array) -> Array:
-        """Return the rounding level of an innovation variance."""
+    def gain(self, stored: Array, projection: Array) -> Array:
+        """Compute the covariance of the state with the scalar."""
         ...
 
     def update(
-        self, stored: Array, projection: Array, variance: Array, s: Array, active: Array
-    ) -> tuple[Array, Array]:
-        """End a scalar update: the gain and the conditional covariance."""
+        self, stored: Array, row: Array, projection: Array, variance: Array, s: Array, gain: Array
+    ) -> Array:
+        """End a scalar update: the conditional covariance."""
+        ...
+
+    def correct(self, stored: Array, row: Array, variance: Array, gain: Array) -> Array:
+        """Compute the covariance after a correction by any gain."""
         ...
 
     def accumulate(self, stored: Array, low: Array, columns: Array) -> tuple[Array, Array]:

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
+from elkax.gaussian.covariance import Covariance
 from elkax.gaussian.factor import cho_solve, psd_cholesky
 from elkax.gaussian.model import MEANS_AND_DATA, RANKS, Model, merge
+from elkax.gaussian.rounding import contradicts, of_correction, of_prediction, tells_nothing
+from elkax.gaussian.unknown import determine, propagate, see
 from elkax.scan import lanes
 from elkax.scan.lanes import (
     MAX_UNROLLED,
@@ -24,8 +27,23 @@ from elkax.scan.lanes import (
     two_sum,
 )
 
-# Mean, what rounding left out of it, covariance stored in the form in use, perhaps `exact`.
-State = tuple[Array, Array, Array]
+
+class State(NamedTuple):
+    r"""What a step of the filter starts from.
+
+    Attributes:
+        mean: $m$ (D,).
+        low: (D,) what rounding left out of it.
+        cov: $P$, stored in the form in use, perhaps `exact`.
+        error: $E$ (D, D), see `elkax.gaussian.rounding`; None if no entry is without error.
+        unknown: $U$ (D + d, d), see `elkax.gaussian.unknown`; None if there never was any.
+    """
+
+    mean: Array
+    low: Array
+    cov: Array
+    error: Array | None = None
+    unknown: Array | None = None
 
 
 class FilterOutput(NamedTuple):
@@ -35,42 +53,53 @@ class FilterOutput(NamedTuple):
         mean: $m_{t|t}$ (D,), rounded.
         low: (D,) what that rounding left out.
         cov: $P_{t|t}$ (D, D), stored in the form in use.
-        correction: $m_{t|t} - m_{t|t-1}$ (D,).
-        residual: (N,) uncorrelated scalar innovations $v_i$, 0 where missing.
-        variance: (N,) their variances $s_i$, 1 where missing and NaN where singular.
+        gain: (N, D) gains $k_i$ of the entries, 0 where nothing is learned.
+        residual: (N,) uncorrelated scalar innovations $v_i$; 0 where missing, where they tell of
+            something that was unknown, and where their variance is zero, unless they contradict
+            what is known.
+        variance: (N,) their variances $s_i$; 1 where missing, 0 where it is zero, and in the
+            place of an infinite one $-f^\top f$, see `elkax.gaussian.unknown`.
         observed: (N,) False where missing.
+        unknown: $U$ after the step, None if there never was any.
     """
 
     mean: Array
     low: Array
     cov: Array
-    correction: Array
+    gain: Array
     residual: Array
     variance: Array
     observed: Array
-
-
-def standardize(output: FilterOutput) -> Array:
-    r"""Compute $v_i/\sqrt{s_i}$, 0 where missing or singular; same shape as the residuals."""
-    singular = jnp.isnan(output.variance)
-    return output.residual * jax.lax.rsqrt(jnp.where(singular, 1.0, output.variance)) * ~singular
+    unknown: Array | None = None
 
 
 def find_precision(observed: Array, variance: Array) -> Array:
-    """Compute $1/s_i$ over lanes, 0 where missing and NaN where singular."""
+    """Compute $1/s_i$ over lanes, 0 where missing or where the variance is zero."""
     observed, variance = lanes.align(observed, 1, variance, 1)
-    return observed / variance
+    used = observed & (variance != 0)
+    return used / jnp.where(used, variance, 1.0)
+
+
+def standardize(output: FilterOutput) -> Array:
+    r"""Compute $v_i/\sqrt{s_i}$, 0 where missing or without variance; same shape as residuals."""
+    zero = output.variance == 0
+    return output.residual * jax.lax.rsqrt(jnp.where(zero, 1.0, output.variance)) * ~zero
 
 
 def log_density(output: FilterOutput, axis: int = -1) -> Array:
     r"""Compute $\log p(y_t \mid y_{1:t-1})$ of the observed entries.
 
+    An entry without variance is left out, as the density on the support of the data has it;
+    $-\infty$ where one contradicts what is known.
+
     Args:
         output: of the filter.
         axis: where the entries of one time are.
     """
-    square = output.residual**2 / output.variance
-    terms = -0.5 * (jnp.log(2 * jnp.pi * output.variance) + square)
+    zero = output.variance == 0
+    s = jnp.where(zero, 1.0, jnp.abs(output.variance))
+    terms = -0.5 * (jnp.log(2 * jnp.pi * s) + jnp.where(zero, 0.0, output.residual) ** 2 / s)
+    terms = jnp.where(zero, jnp.where(output.residual == 0, 0.0, -jnp.inf), terms)
     return jnp.sum(jnp.where(output.observed, terms, 0.0), axis=axis)
 
 
@@ -91,6 +120,7 @@ class Summary(NamedTuple):
         low: (D,) what rounding left out of $b$.
         j_low: (D, D) what rounding left out of $J$, as far as the form knows.
         origin: $o$ (D,), see `KalmanFilter.recenter`.
+        error: $E$ of C (D, D), as in `State`.
     """
 
     a: Array
@@ -102,6 +132,7 @@ class Summary(NamedTuple):
     low: Array
     j_low: Array
     origin: Array
+    error: Array | None = None
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["fixed"], meta_fields=["form"])
@@ -122,39 +153,65 @@ class KalmanFilter:
     fixed: Model
     form: Any
 
+    def begin(self, dtype: DTypeLike) -> State:
+        """Give the state before the first step: exactly zero, since that step brings the start."""
+        size = self.fixed.initial_mean.shape[0]
+        vector, matrix = jnp.zeros(size, dtype), jnp.zeros((size, size), dtype)
+        unknown = self.fixed.unknown
+        return State(
+            vector,
+            vector,
+            self.form.exact(matrix),
+            matrix if self.form.exact_entries else None,
+            None if unknown is None else unknown.at[:size].set(0.0),
+        )
+
     def step(self, state: State, x: Model) -> tuple[State, FilterOutput]:
         """Predict and update."""
         model = merge(self.fixed, x)
         state = _widen(state, model)
-        predicted, low, cov = self.predict(model, state)
+        prior = self.predict(model, state)
+        mean, low, cov, error, unknown = prior
         # Series with covariances in common have lanes in their means alone.
-        cov, predicted, low, floors = materialize(
-            (cov, predicted, low, self._floors(model, cov)), 2, 1, 1, 1
-        )
+        cov, mean, low, error, unknown = materialize((cov, mean, low, error, unknown), 2, 1, 1, 2, 2)
 
-        def update(carry: tuple, entry: tuple) -> tuple[tuple, tuple[Array, Array]]:
-            shift, cov = carry
-            h, variance, value, used, floor = entry
+        def update(carry: tuple, entry: tuple) -> tuple[tuple, tuple[Array, Array, Array]]:
+            shift, cov, error, unknown = carry
+            h, variance, value, used = entry
             projection, s = self.form.project(cov, h, variance)
-            residual = value - dot(h, predicted) - dot(h, shift)
+            residual = value - dot(h, mean) - dot(h, shift)
             projection, s, residual = materialize((projection, s, residual), 1, 0, 0)
-            singular, active, s = self._judge(s, floor, used)
-            gain, cov = self.form.update(cov, projection, variance, s, active)
-            carry = shift + lanes.scale(gain, residual), cov
-            return carry, (residual * used, jnp.where(singular, jnp.nan, s))
+            zero = used & tells_nothing(self.form, error, h, variance, s)
+            against = contradicts(self.form, error, h, mean + shift, value, residual)
+            active = used & ~zero
+            s = jnp.where(active, s, 1.0)
+            # Zero times a non-finite entry keeps it visible, where a selection would hide it.
+            projection = projection * active
+            gain = self.form.gain(cov, projection) / s
+            s, new = jnp.where(zero, 0.0, s), jnp.zeros_like(zero)
+            if unknown is None:
+                after = self.form.update(cov, h, projection, variance, s, gain)
+            else:
+                gain, s, unknown, new = _determine(unknown, h, used, gain, s)
+                after = self.form.correct(cov, h, variance, gain)
+            if error is not None:
+                error = of_correction(self.form, error, cov, h, variance, gain)
+            shift = shift + lanes.scale(gain, residual)
+            reported = jnp.where(_silent(zero, new, against), 0.0, residual) * used
+            return (shift, after, error, unknown), (gain, reported, s)
 
-        (shift, cov), (residual, variance) = fold_rows(update, (low, cov), entries(model, floors))
-        mean, rest = two_sum(predicted, shift)
-        output = FilterOutput(mean, rest, cov, shift - low, residual, variance, model.observed)
+        start = (low, cov, error, unknown)
+        (shift, cov, error, unknown), found = fold_rows(update, start, entries(model))
+        gain, residual, variance = found
+        mean, rest = two_sum(mean, shift)
+        after = State(mean, rest, cov, error, unknown)
         if model.valid is not None:
-            output = output._replace(
-                mean=jnp.where(model.valid, mean, state[0]),
-                low=jnp.where(model.valid, rest, state[1]),
-                cov=jnp.where(model.valid, cov, state[2]),
-                correction=jnp.where(model.valid, output.correction, 0.0),
-            )
-        cov, _ = lanes.halves(output.cov)
-        return (output.mean, output.low, output.cov), output._replace(cov=cov)
+            after = jax.tree.map(lambda a, b: jnp.where(model.valid, a, b), after, state)
+        mean, rest, cov, _, unknown = after
+        cov, _ = lanes.halves(cov)
+        return after, FilterOutput(
+            mean, rest, cov, gain, residual, variance, model.observed, unknown
+        )
 
     def identity(self, lane_shape: tuple[int, ...], dtype: DTypeLike) -> Summary:
         """Summarise no step: the state stays and nothing is observed."""
@@ -164,50 +221,58 @@ class KalmanFilter:
         eye = lanes.identity(size, lane_shape, dtype)
         sound = jnp.ones(lane_shape, bool)
         eye, cov = self.form.exact(eye), self.form.exact(matrix)
-        return Summary(eye, vector, cov, vector, matrix, sound, vector, matrix, vector)
+        error = matrix if self.form.exact_entries else None
+        return Summary(eye, vector, cov, vector, matrix, sound, vector, matrix, vector, error)
 
     def absorb(self, summary: Summary, x: Model) -> Summary:
         """Lengthen a block by one step."""
         model = merge(self.fixed, x)
-        mean, low, cov = self.predict(model, (summary.b, summary.low, summary.c))
+        state = State(summary.b, summary.low, summary.c, summary.error)
+        mean, low, cov, error, _ = self.predict(model, state)
         weights = lanes.advance(model.weights, summary.a)
-        longer = self.observe(summary._replace(a=weights, b=mean, low=low, c=cov), model)
+        longer = summary._replace(a=weights, b=mean, low=low, c=cov, error=error)
+        longer = self.observe(longer, model)
         if model.valid is None:
             return longer
         return jax.tree.map(lambda new, old: jnp.where(model.valid, new, old), longer, summary)
 
     def observe(self, summary: Summary, model: Model) -> Summary:
         """Condition the end of a block on the entries of one observation."""
-        floors = self._floors(model, summary.c)
-        a, mean, low, cov, floors = materialize(
-            (summary.a, summary.b, summary.low, summary.c, floors)
+        a, mean, low, cov, error = materialize(
+            (summary.a, summary.b, summary.low, summary.c, summary.error)
         )
 
         def update(carry: tuple, entry: tuple) -> tuple[tuple, Array]:
-            a, shift, c, eta, sound = carry
-            h, variance, value, used, floor = entry
+            a, shift, c, error, eta, sound = carry
+            h, variance, value, used = entry
             projection, s = self.form.project(c, h, variance)
             residual = value - dot(h, mean) - dot(h, shift)
             through = matvec(transpose(lanes.halves(a)[0]), h)
             projection, s, residual, through = materialize((projection, s, residual, through), 1)
-            singular, active, s = self._judge(s, floor, used)
-            gain, c = self.form.update(c, projection, variance, s, active)
+            zero = used & tells_nothing(self.form, error, h, variance, s)
+            active = used & ~zero
+            s, projection = jnp.where(active, s, 1.0), projection * active
+            gain = self.form.gain(c, projection) / s
+            if error is not None:
+                error = of_correction(self.form, error, c, h, variance, gain)
+            c = self.form.update(c, h, projection, variance, s, gain)
             root = active * jax.lax.rsqrt(s)
             column, scaled = through * root, residual * root
             carry = (
                 lanes.subtract(a, outer(gain, through)),
                 shift + lanes.scale(gain, residual),
                 c,
+                error,
                 eta + lanes.scale(column, scaled),
-                sound & ~singular,
+                sound & ~zero,
             )
             return carry, column
 
-        start = (a, low, cov, summary.eta, summary.sound)
-        (a, shift, c, eta, sound), columns = fold_rows(update, start, entries(model, floors))
+        start = (a, low, cov, error, summary.eta, summary.sound)
+        (a, shift, c, error, eta, sound), columns = fold_rows(update, start, entries(model))
         b, low = two_sum(mean, shift)
         j, j_low = self.form.accumulate(summary.j, summary.j_low, transpose(columns))
-        return Summary(a, b, c, eta, j, sound, low, j_low, summary.origin)
+        return Summary(a, b, c, eta, j, sound, low, j_low, summary.origin, error)
 
     def combine(self, left: Summary, right: Summary) -> Summary:
         r"""Join two blocks.
@@ -219,7 +284,7 @@ class KalmanFilter:
         $J = A_1^\top YA_1 + J_1$.
         """
         a1, b1, c1, eta1, j1, _, low1, *_ = left
-        a2, b2, c2, eta2, j2, _, low2, _, origin2 = right
+        a2, b2, c2, eta2, j2, _, low2, _, origin2, _ = right
         form, rounded1, rounded2 = self.form, lanes.halves(a1)[0], lanes.halves(a2)[0]
         x, y = form.condition(c1, j2), form.condition(j2, c1)
         deviation = (b1 - origin2) + low1
@@ -239,18 +304,29 @@ class KalmanFilter:
             low,
             jnp.zeros_like(j1),
             left.origin,
+            self._carry_error(left.error, x, right),
         )
 
     def apply(self, summary: Summary, state: State) -> State:
         """Jump over a block."""
-        mean, low, cov = state
-        a, b, c, eta, j, _, low_b, _, origin = summary
+        mean, low, cov, error, _ = state
+        a, b, c, eta, j, _, low_b, _, origin, _ = summary
         form = self.form
         x = form.condition(cov, j)
         deviation = (mean - origin) + low
         moved = form.times(x, eta - form.times(j, deviation))
         mean, low = two_sum(b, matvec(lanes.halves(a)[0], deviation + moved) + low_b)
-        return mean, low, form.predict(a, x, c)
+        error = self._carry_error(error, x, summary)
+        return State(mean, low, form.predict(a, x, c), error)
+
+    def _carry_error(self, error: Array | None, x: Array, block: Summary) -> Array | None:
+        """Carry what rounding left through a block, conditioned as the state is."""
+        if error is None:
+            return None
+        a, _ = lanes.halves(block.a)
+        past = matmul(matmul(a, self.form.decode(x)), self.form.decode(block.j))
+        through = jax.lax.stop_gradient(a - past)
+        return Covariance().predict(through, error, block.error)
 
     def locate(self, summary: Summary) -> Array:
         r"""Tell about where the observations of a block say that its state began.
@@ -283,33 +359,55 @@ class KalmanFilter:
 
     def predict(self, model: Model, state: State) -> State:
         """Predict one step; before the first one the state is exactly zero."""
-        mean, low, cov = state
+        mean, low, cov, error, unknown = state
         offset = lanes.blend(model.first, model.initial_mean, model.offset, 1)
         near, rest = lanes.split_identity(model.weights)
         change = lanes.add(matvec(rest, mean) + matvec(model.weights, low), offset)
         near, mean = lanes.align(near, 1, mean, 1)
-        return *two_sum(near * mean, change), self.predict_cov(model, cov)
-
-    def predict_cov(self, model: Model, cov: Array) -> Array:
-        """Predict the covariance alone."""
         noise = lanes.blend(model.first, model.initial_cov, model.noise, 2)
-        return self.form.predict(model.weights, cov, noise)
-
-    def _judge(self, s: Array, floor: Array, used: Array) -> tuple[Array, Array, Array]:
-        """Tell where an innovation variance is singular, where it is used, and make it safe."""
-        singular = used & (s <= self.form.rounding(floor))
-        active = used & ~singular
-        return singular, active, jnp.where(active, s, 1.0)
-
-    def _floors(self, model: Model, cov: Array) -> Array:
-        """Size of the terms that each innovation variance is summed from, (N, lanes)."""
-        diagonal = lanes.diagonal_of(self.form.decode(cov))
-        return lanes.add(matvec(model.rows * model.rows, diagonal), model.variances)
+        if error is not None:
+            error = of_prediction(self.form, model.weights, error, cov, noise)
+        if unknown is not None:
+            # Nothing stands there before the first step.
+            start, size = jnp.asarray(model.unknown), len(near)
+            unknown = propagate(model.weights, unknown)
+            unknown = unknown.at[:size].add(lanes.scale_by(start[:size], model.first))
+        cov = self.form.predict(model.weights, cov, noise)
+        return State(*two_sum(near * mean, change), cov, error, unknown)
 
 
-def entries(model: Model, floors: Array) -> tuple:
+def _determine(
+    unknown: Array, row: Array, used: Array, gain: Array, s: Array
+) -> tuple[Array, Array, Array, Array]:
+    r"""Let an entry that sees something unknown determine it.
+
+    Returns:
+        The gain $Uf/f^\top f$ and $-f^\top f$ there, elsewhere what was given; U after it; and
+        where that is.
+    """
+    f = see(unknown, row)
+    square = dot(f, f)
+    new = used & (square > 0)
+    safe = jnp.where(new, square, 1.0)
+    towards = matvec(unknown[: len(row)], f) / safe
+    return (
+        jnp.where(new, towards, gain),
+        jnp.where(new, -square, s),
+        determine(unknown, f, new),
+        new,
+    )
+
+
+def _silent(zero: Array, new: Array, against: Array) -> Array:
+    """Tell whose residual is none: of no variance, unless against what is known, or what is new."""
+    zero, against = lanes.align(zero & ~new, 0, against, 0)
+    new, _ = lanes.align(new, 0, against, 0)
+    return (zero & ~against) | new
+
+
+def entries(model: Model) -> tuple:
     """Give what the scalar updates of one observation run over, leading axis N."""
-    return model.rows, model.variances, model.values, model.observed, floors
+    return model.rows, model.variances, model.values, model.observed
 
 
 def fold_rows(
@@ -343,11 +441,13 @@ def _widen(state: State, model: Model) -> State:
         key=len,
     )
 
-    def widen(array: Array, rank: int, shape: tuple[int, ...]) -> Array:
-        if array.ndim > rank or not shape:
+    def widen(array: Array | None, rank: int, shape: tuple[int, ...]) -> Array | None:
+        if array is None or array.ndim > rank or not shape:
             return array
         array = array.reshape(array.shape + (1,) * len(shape))
         return jnp.broadcast_to(array, array.shape[:rank] + shape)
 
-    mean, low, cov = state
-    return widen(mean, 1, every), widen(low, 1, every), widen(cov, 2, common)
+    mean, low, *covs = state
+    return State(
+        widen(mean, 1, every), widen(low, 1, every), *(widen(cov, 2, common) for cov in covs)
+    )

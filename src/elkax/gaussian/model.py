@@ -27,6 +27,8 @@ class Model(NamedTuple):
         valid: (T,), False in padding, where nothing happens; None if there is none.
         correlated: $R$, (N, N) or (T, N, N), in place of `variances`, which is then None; to be
             resolved by `uncorrelate` before anything is run.
+        unknown: $U$ (D + d, d): $z_0$ is $N(m_0, P_0)$ plus the first D rows times effects of which
+            nothing is known; below them the identity. None if there are none.
     """
 
     initial_mean: Array
@@ -41,10 +43,11 @@ class Model(NamedTuple):
     first: Array
     valid: Array | None = None
     correlated: Array | None = None
+    unknown: Array | None = None
 
 
 # Number of axes of each field without time.
-RANKS = (1, 2, 2, 1, 2, 2, 1, 1, 1, 0, 0, 2)
+RANKS = (1, 2, 2, 1, 2, 2, 1, 1, 1, 0, 0, 2, 2)
 # Fields that no covariance depends on.
 MEANS_AND_DATA = ("initial_mean", "offset", "values")
 

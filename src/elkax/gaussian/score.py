@@ -1,27 +1,28 @@
 """The log-likelihood and its derivative, the score."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from elkax.gaussian.costates import before, continues, filter_model, find_costates, next_weights
+from elkax.gaussian.costates import (
+    Costates,
+    continues,
+    filter_model,
+    find_costates,
+    next_weights,
+    shift,
+)
 from elkax.gaussian.covariance import Covariance
 from elkax.gaussian.decorrelation import uncorrelate, uncorrelate_and_pull_back
-from elkax.gaussian.kalman import (
-    FilterOutput,
-    KalmanFilter,
-    find_precision,
-    fold_rows,
-    log_density,
-)
+from elkax.gaussian.effects import combine_columns, estimate, over_effects
+from elkax.gaussian.kalman import FilterOutput, find_precision, fold_rows, log_density
 from elkax.gaussian.model import RANKS, Model, constant_part, merge, over_time
 from elkax.gaussian.sharing import share_mask
 from elkax.scan import Backend, lanes
-from elkax.scan.choice import steps_fill_machine
-from elkax.scan.lanes import dot, from_lanes, matmul, matvec, to_lanes, transpose
+from elkax.scan.lanes import dot, from_lanes, matmul, matvec, product, to_lanes, transpose
 from elkax.scan.layout import in_blocks
 
 
@@ -66,13 +67,12 @@ def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
 
     The score needs one filter, one backward pass for the costates $(q_t, \Lambda_t)$, and products
     of both, for all t at once; see `_score`. No factorisation is differentiated, so it is finite at
-    Q = 0 and P0 = 0; it can be differentiated again. Where single steps keep the machine busy, the
-    filter in covariance form is differentiated step by step instead, which is the same recursion in
-    one pass.
+    Q = 0 and P0 = 0; it can be differentiated again. With unknown effects it is the diffuse
+    likelihood, see `estimate`, whose score is the expectation over the effects given the data.
 
     Args:
         model: covariances themselves.
-        form: how covariances are stored while filtering.
+        form: how covariances are stored while filtering; its gains make the score.
         backend: how to run the recurrences.
 
     Returns:
@@ -83,16 +83,32 @@ def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
     """
 
     def density(model: Model) -> Array:
-        return jnp.sum(log_density(filter_model(uncorrelate(model), form, backend)))
+        plain = uncorrelate(model)
+        if model.unknown is None:
+            return jnp.sum(log_density(filter_model(plain, form, backend)))
+        columns = over_effects(lambda m: filter_model(m, form, backend), plain)
+        return estimate(plain, columns)[1]
 
-    if steps_fill_machine(backend, len(model.values), len(model.initial_mean)):
-        # Its derivative is that of the covariance form.
-        return share_mask(lambda m: jnp.sum(log_density(filter_moments(m, form, backend))), model)
+    def filter_and_return(model: Model) -> tuple[FilterOutput, Costates]:
+        filtered = filter_moments(model, form, backend)
+        return filtered, find_costates(model, filtered, backend)
 
     def density_and_score(model: Model) -> tuple[Array, Model]:
         plain, pull_back = uncorrelate_and_pull_back(model)
-        filtered = filter_moments(plain, form, backend)
-        return jnp.sum(log_density(filtered)), pull_back(_score(plain, filtered, backend))
+        if model.unknown is None:
+            found = filter_and_return(plain)
+            value = jnp.sum(log_density(found[0]))
+            columns = _Columns(*jax.tree.map(lambda leaf: leaf[None], _means(*found)), None)
+        else:
+            found = over_effects(filter_and_return, plain)
+            effect, value = estimate(plain, found[0])
+            means = (combine_columns(leaf, effect) for leaf in _means(*found))
+            columns = _Columns(*means, effect.cov)
+            found = jax.tree.map(lambda leaf: leaf[0], found)
+        # Where the data contradict the model there is no slope.
+        gradient = pull_back(_score(plain, *found, columns))
+        gradient = jax.tree.map(lambda g: jnp.where(value == -jnp.inf, 0.0, g), gradient)
+        return value, gradient
 
     @jax.custom_jvp
     def value(model: Model) -> Array:
@@ -111,7 +127,27 @@ def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
     return value(model)
 
 
-def _score(model: Model, filtered: FilterOutput, backend: Backend | None) -> Model:
+class _Columns(NamedTuple):
+    r"""What is affine in unknown effects: at their estimate, and changes with each; leading axis.
+
+    Attributes:
+        mean: $m_{t|t}$ (1 + d, T, D).
+        residual: $v_i$ (1 + d, T, N).
+        vector: $q_t$ (1 + d, T, D).
+        cov: of the effects given the data (d, d), None if there are none.
+    """
+
+    mean: Array
+    residual: Array
+    vector: Array
+    cov: Array | None
+
+
+def _means(filtered: FilterOutput, costates: Costates) -> tuple[Array, Array, Array]:
+    return filtered.mean + filtered.low, filtered.residual, costates.vector
+
+
+def _score(model: Model, filtered: FilterOutput, costates: Costates, columns: _Columns) -> Model:
     r"""Differentiate the log-likelihood; None for fields that are not real numbers.
 
     With the costates $q_t, \Lambda_t$ and the smoothed means $\hat z_t$,
@@ -120,45 +156,60 @@ def _score(model: Model, filtered: FilterOutput, backend: Backend | None) -> Mod
     from the last to the first, with P before the entry, its gain k, innovation v of variance s,
     and the costates q, $\Lambda$ after it: $u = v/s - k^\top q$, $d = 1/s + k^\top\Lambda k$,
     $\partial\ell/\partial y = -u$, $\partial\ell/\partial r = (u^2 - d)/2$,
-    $\partial\ell/\partial h = u\hat z_t - P(dh - \Lambda k)$; before the entry the costates are
-    $q + uh$ and $(I - kh^\top)^\top\Lambda(I - kh^\top) + hh^\top/s$.
+    $\partial\ell/\partial h = u\hat z_t - P(dh - \Lambda k)$.
+
+    Where effects are unknown, q, u and $\hat z$ are affine in them, and products of two such are
+    expectations: those of the estimates, and of the changes with the covariance of the effects.
 
     What depends on covariances alone is kept apart until it has been summed over time: series that
     differ in their data alone have it in common.
     """
-    costates = find_costates(model, filtered, backend)
     fixed, varying = constant_part(model), over_time(lambda field, rank: field, model)
+    count = len(columns.mean)
+    weighting = jnp.eye(count, dtype=columns.mean.dtype)
+    if columns.cov is not None:
+        weighting = weighting.at[1:, 1:].set(columns.cov)
 
-    def derivatives(fixed: Model, x: tuple) -> tuple[dict, dict]:
-        own, state, now, following, goes_on, (q, matrix), later = x
+    def derivatives(fixed: tuple[Model, Array], x: tuple) -> tuple[dict, dict]:
+        fixed, weighting = fixed
+        own, before, now, following, goes_on, (q, matrix), later = x
         own = merge(fixed, own)
-        earlier, earlier_low, earlier_cov = state
-        mean, low, cov, residual, variance = now
+        earlier, earlier_cov = before
+        mean, cov, gains, residual, variance = now
         back = transpose(fixed.weights if following is None else following)
-        after = (matvec(back, later[0]), matmul(matmul(back, later[1]), transpose(back)))
+        after = (product(back, later[0]), matmul(matmul(back, later[1]), transpose(back)))
         if goes_on is not None:
             after = jax.tree.map(lambda leaf: jnp.where(goes_on, leaf, 0.0), after)
-        smoothed = lanes.add(mean, lanes.add(low, matvec(cov, after[0])))
-        drawn = matvec(earlier_cov, matvec(transpose(own.weights), q))
-        smoothed_earlier = lanes.add(earlier, lanes.add(earlier_low, drawn))
-        predicted = KalmanFilter(fixed, Covariance()).predict_cov(own, earlier_cov)
-        entries = (own.rows, residual, variance, own.observed)
+
+        def expect(left: Array, right: Array) -> Array:
+            """Add up products over the columns."""
+            if count > 1:
+                left = product(left, weighting)
+            return product(left, transpose(right))
+
+        smoothed = _add(mean, product(cov, after[0]))
+        drawn = product(earlier_cov, product(transpose(own.weights), q))
+        smoothed_earlier = _add(earlier, drawn)
+        noise = lanes.blend(own.first, own.initial_cov, own.noise, 2)
+        predicted = Covariance().predict(own.weights, earlier_cov, noise)
+        precision = find_precision(own.observed, variance)
+        entries = (own.rows, own.variances, residual, precision, gains)
         u, d, covariate = _entries(predicted, after, entries)
-        square, half = 0.5 * q[:, None] * q[None], 0.5 * matrix
+        square, half = 0.5 * expect(q, q), 0.5 * matrix
         start, step = own.first, 1.0 - own.first
         # Field: its derivative, and what is to be subtracted from it.
         parts = {
-            "initial_mean": (start * q, None),
+            "initial_mean": (start * q[:, 0], None),
             "initial_cov": (start * square, start * half),
             "weights": (
-                lanes.outer(q, smoothed_earlier),
+                expect(q, smoothed_earlier),
                 matmul(matrix, matmul(own.weights, earlier_cov)),
             ),
-            "offset": (step * q, None),
+            "offset": (step * q[:, 0], None),
             "noise": (step * square, step * half),
-            "rows": (lanes.outer(u, smoothed), covariate),
-            "variances": (0.5 * u * u, 0.5 * d),
-            "values": (-u, None),
+            "rows": (expect(u, smoothed), covariate),
+            "variances": (0.5 * lanes.diagonal_of(expect(u, u)), 0.5 * d),
+            "values": (-u[:, 0], None),
         }
         outputs = {
             name: part if rest is None else jnp.subtract(*lanes.align(part, rank, rest, rank))
@@ -170,41 +221,45 @@ def _score(model: Model, filtered: FilterOutput, backend: Backend | None) -> Mod
     def shifted(leaf: Array) -> Array:
         return jnp.concatenate((leaf[1:], jnp.zeros_like(leaf[:1])))
 
-    now = (filtered.mean, filtered.low, filtered.cov, filtered.residual, filtered.variance)
-    later = jax.tree.map(shifted, costates)
-    own = varying._replace(variances=None, values=None)
-    xs = (own, before(filtered), now, next_weights(model), continues(model), costates, later)
-    outputs, totals = in_blocks(derivatives, fixed, xs, filtered.mean.shape[-1])
+    mean, residual, q = (jnp.moveaxis(leaf, 0, -1) for leaf in columns[:3])
+    own = varying._replace(values=None)
+    now = (mean, filtered.cov, filtered.gain, residual, filtered.variance)
+    before = (shift(mean), shift(filtered.cov))
+    both = (q, costates.matrix)
+    later = jax.tree.map(shifted, both)
+    xs = (own, before, now, next_weights(model), continues(model), both, later)
+    size = filtered.mean.shape[-1]
+    outputs, totals = in_blocks(derivatives, (fixed, weighting), xs, size)
     sums = {name: a if b is None else a - b for name, (a, b) in totals.items()}
     return Model(*[None] * len(model))._replace(**outputs, **sums)
+
+
+def _add(a: Array, b: Array) -> Array:
+    a, b = lanes.align(a, 2, b, 2)
+    return a + b
 
 
 def _entries(
     predicted: Array, after: tuple[Array, Array], entries: tuple
 ) -> tuple[Array, Array, Array]:
     r"""Compute u, d and $P(dh - \Lambda k)$ of every entry; see `_score`."""
-    rows, residual, variance, observed = entries
-    precision = find_precision(observed, variance)
+    rows, variances, residual, precision, gains = entries
 
-    def forward(cov: Array, entry: tuple) -> tuple[Array, tuple[Array, Array]]:
-        h, weight = entry
-        projection = matvec(cov, h)
-        gain = lanes.scale(projection, weight)
-        return lanes.subtract(cov, lanes.outer(gain, projection)), (gain, cov)
+    def forward(cov: Array, entry: tuple) -> tuple[Array, Array]:
+        h, variance, gain = entry
+        return Covariance().correct(cov, h, variance, gain), cov
 
     def backward(carry: tuple, entry: tuple) -> tuple[tuple, tuple[Array, Array, Array]]:
         q, matrix = carry
         h, v, weight, gain, cov = entry
         along = lanes.materialize(matvec(matrix, gain), 1)
-        v, weight = lanes.align(v, 0, weight, 0)
-        u = v * weight - dot(gain, q)
+        u = lanes.add(lanes.scale(v, weight), -matvec(transpose(q), gain))
         d = weight + dot(gain, along)
         rest = lanes.scale(h, d) - along
-        moved = lanes.outer(h, rest) - lanes.outer(along, h)
-        carry = lanes.add(q, lanes.scale(h, u)), matrix + moved
+        carry = _add(q, lanes.outer(h, u)), Covariance().correct(matrix, gain, weight, h)
         return carry, (u, d, matvec(cov, rest))
 
-    _, (gains, covs) = fold_rows(forward, predicted, (rows, precision))
+    _, covs = fold_rows(forward, predicted, (rows, variances, gains))
     found = (rows, residual, precision, gains, covs)
     turned = jax.tree.map(lambda leaf: leaf[::-1], found)
     _, outputs = fold_rows(backward, after, turned)

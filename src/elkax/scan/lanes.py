@@ -274,6 +274,12 @@ def scale(x: Shaped[Array, "n *lanes_x"], factor: Shaped[Array, "*lanes_f"]) -> 
     return x * factor
 
 
+def scale_by(a: Shaped[Array, "n m *lanes_a"], factor: Shaped[Array, "*lanes_f"]) -> Array:
+    r"""Multiply a matrix with a number in every lane, shape (n, m, lanes)."""
+    a, factor = align(a, 2, factor, 0)
+    return a * factor
+
+
 def scale_rows(a: Shaped[Array, "n m *lanes_a"], x: Shaped[Array, "n *lanes_x"]) -> Array:
     r"""Compute $\mathrm{diag}(x)A$ in every lane, shape (n, m, lanes)."""
     x, a = align(x, 1, a, 2)

@@ -9,7 +9,7 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, ArrayLike
 
 from elkax.scan import Backend
-from elkax.smoothers.linear import Initial, lgssm_filter, setup
+from elkax.smoothers.linear import Initial, Moments, infer_filtered, setup
 from elkax.smoothers.prepare import Problem, check_count, valid_steps
 
 
@@ -54,21 +54,33 @@ def full_cov(problem: Problem) -> Array:
     return problem.cov[..., :, None] * jnp.eye(problem.cov.shape[-1], dtype=problem.cov.dtype)
 
 
-def emission_moments(problem: Problem, means: Array, covs: Array) -> tuple[Array, Array]:
+def emission_moments(problem: Problem, states: Moments) -> tuple[Array, Array]:
     r"""Compute $Hm + d$ and $HPH^\top + R$ at every time.
+
+    An emission that depends on what is undetermined of the states has mean NaN and an infinite
+    variance; one that does not is as if all were determined.
 
     Args:
         problem: gives H, d and R.
-        means: (T, D).
-        covs: (T, D, D).
+        states: their moments.
 
     Returns:
         (T, N) and (T, N, N).
     """
     h = problem.weights
-    mean = jnp.einsum("...ij,...j->...i", h, means, precision="highest") + problem.offset
-    spread = jnp.einsum("...ij,...jk,...lk->...il", h, covs, h, precision="highest")
-    return mean, spread + full_cov(problem)
+    mean = jnp.einsum("...ij,...j->...i", h, states.mean, precision="highest") + problem.offset
+    spread = jnp.einsum("...ij,...jk,...lk->...il", h, states.cov, h, precision="highest")
+    unknown = states.unknown
+    if unknown is not None:
+        seen = jnp.matmul(h, unknown, precision="highest")
+        terms = jnp.matmul(jnp.abs(h), jnp.abs(unknown), precision="highest")
+        unknown = jnp.where(jnp.abs(seen) <= 1000 * jnp.finfo(seen.dtype).eps * terms, 0.0, seen)
+    return Moments(mean, spread + full_cov(problem), unknown).shown()
+
+
+@jax.jit
+def _states_and_emissions(problem: Problem, states: Moments) -> tuple[Array, ...]:
+    return *states.shown(), *emission_moments(problem, states)
 
 
 def lgssm_forecast(
@@ -79,7 +91,7 @@ def lgssm_forecast(
     forecast_inputs: ArrayLike | None = None,
     *,
     backend: Backend | None = None,
-    form: str = "covariance",
+    form: str | None = None,
     initial: Initial = None,
     length: ArrayLike | None = None,
 ) -> Forecast:
@@ -135,10 +147,9 @@ def lgssm_forecast(
     extended = jnp.concatenate((past, future))
     options = {"backend": backend, "form": form, "initial": initial}
     options["length"] = None if length is None else start + num_forecast_timesteps
-    problem, _ = setup(params, extended, inputs, **options)
-    posterior = lgssm_filter(params, extended, inputs, **options)
-    means, covs = posterior.filtered_means, posterior.filtered_covariances
-    parts = (means, covs, *emission_moments(problem, means, covs))
+    problem, stored = setup(params, extended, inputs, **options)
+    found = infer_filtered(problem.model, problem.finite, form=stored, backend=backend)
+    parts = _states_and_emissions(problem, found.filtered)
     return Forecast(
         *(
             jax.lax.dynamic_slice_in_dim(jnp.asarray(part), start, num_forecast_timesteps)

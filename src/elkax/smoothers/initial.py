@@ -1,18 +1,16 @@
 """Initial distributions that parameters alone cannot say: stationary and exactly diffuse."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from elkax.gaussian import Model
 from elkax.gaussian.covariance import Covariance
-from elkax.gaussian.factor import cho_solve, is_regular, psd_cholesky
-from elkax.gaussian.kalman import FilterOutput, log_density, standardize
-from elkax.scan.lanes import diagonal_of, from_lanes, matmul, matvec, to_lanes
+from elkax.gaussian.unknown import start
+from elkax.scan.lanes import matmul, matvec
 
 # Enough doublings for a spectral radius within 1e-12 of one.
 _DOUBLINGS = 48
@@ -66,13 +64,11 @@ class ExactDiffuse:
 
     The initial state is $z_1 = m_0 + A\delta + N(0, P_0)$, where $\delta$ holds the diffuse
     components, with a flat prior, and $P_0$ is the initial covariance of the parameters without
-    the rows and columns of those components. Everything is computed given $\delta$, whose
-    likelihood $\exp(\eta^\top\delta - \tfrac12\delta^\top J\delta)$ comes from the innovations,
-    and $\delta$ is integrated out afterwards. The log-likelihood is the diffuse one,
-    $\lim_{\kappa\to\infty}\log p(y \mid \kappa) + \tfrac d2\log\kappa$
-    $= \ell(0) + \tfrac12\eta^\top J^{-1}\eta - \tfrac12\log|J|$. Filtered moments are NaN at the
-    times at which the data so far do not identify $\delta$. An emission without error (R = 0) of
-    states that nothing else disturbs has no density given $\delta$: the likelihood is then NaN.
+    the rows and columns of those components. The log-likelihood is the diffuse one,
+    $\lim_{\kappa\to\infty}\log p(y \mid \delta \sim N(0, \kappa I)) + \tfrac r2\log\kappa$ with r
+    the number of directions of $\delta$ that the data determine; values of different r are not to
+    be compared. A state that the data do not determine has mean NaN, variance infinite and
+    covariances NaN; all others are what they would be without it.
 
     Args:
         components: which states are diffuse, one bool each; all if None.
@@ -84,133 +80,60 @@ class ExactDiffuse:
     components: tuple[bool, ...] | None = None
 
     def resolve(self, model: Model) -> Model:
-        """Return the model for delta = 0.
+        """Return the model with the unknown effects in it.
 
         Raises:
             ValueError: if `components` does not fit the state, or names none.
         """
-        mask = jnp.asarray(self._mask(model.initial_mean.shape[0]))
-        keep = ~mask[:, None] & ~mask[None, :]
-        return model._replace(initial_cov=jnp.where(keep, model.initial_cov, 0.0))
-
-    def _mask(self, size: int) -> tuple[bool, ...]:
-        mask = (True,) * size if self.components is None else tuple(map(bool, self.components))
-        if len(mask) != size or not any(mask):
+        size = model.initial_mean.shape[0]
+        given = (True,) * size if self.components is None else tuple(map(bool, self.components))
+        if len(given) != size or not any(given):
             raise ValueError(
                 f"components must be {size} bools, at least one of them True, got {self.components}"
             )
-        return mask
-
-    def columns(self, model: Model) -> Model:
-        """Stack the model for delta = 0 and, without data or offsets, for each unit delta."""
-        mask = self._mask(model.initial_mean.shape[0])
-        units = jnp.eye(len(mask), dtype=model.initial_mean.dtype)
-        units = units[jnp.asarray([i for i, diffuse in enumerate(mask) if diffuse])]
-
-        def stack(first: Array, rest: Array) -> Array:
-            return jnp.concatenate((first[None], rest))
-
-        def zeros(like: Array) -> Array:
-            return jnp.zeros((len(units), *like.shape), like.dtype)
-
-        return model._replace(
-            initial_mean=stack(model.initial_mean, units),
-            offset=stack(model.offset, zeros(model.offset)),
-            values=stack(model.values, zeros(model.values)),
+        mask = np.array(given)
+        keep = ~mask[:, None] & ~mask[None, :]
+        model = model._replace(
+            initial_mean=jnp.where(mask, 0.0, model.initial_mean),
+            initial_cov=jnp.where(keep, model.initial_cov, 0.0),
         )
-
-    def run(self, function: Callable[[Model], Any], model: Model) -> Any:
-        """Evaluate a function for every column of `columns`; covariances are shared."""
-        axes = Model(*(None if field is None else -1 for field in model))
-        axes = axes._replace(**{n: None for n in model._fields})
-        axes = axes._replace(initial_mean=0, offset=0, values=0)
-        return jax.vmap(function, in_axes=(axes,))(self.columns(model))
+        units = jnp.diag(jnp.sqrt(natural_variances(model)))[:, mask]
+        return model._replace(unknown=start(units))
 
 
-class DiffuseEffect(NamedTuple):
-    r"""The estimate of $\delta$ from data up to some time.
+def natural_variances(model: Model) -> Array:
+    r"""Give every state a variance in its own units, of about the size that a measurement leaves.
 
-    Attributes:
-        mean: $\hat\delta = J^{-1}\eta$ (T, d).
-        cov: $J^{-1}$ (T, d, d).
+    $1/\sum_n a_{nj}^2/\sigma_n^2$, with $\sigma_n^2$ the larger of the variances of the measurement
+    error and of $h_n^\top w_t$ (one if both are zero), and $a_n$ the largest $|h_n|$, carried back
+    by $|F|$ until it meets state j. No result depends on it but by rounding; it follows changes of
+    units exactly.
     """
+    model = jax.lax.stop_gradient(model)
 
-    mean: Array
-    cov: Array
+    def largest(array: Array, rank: int) -> Array:
+        return jnp.max(jnp.abs(array), axis=0) if array.ndim > rank else jnp.abs(array)
 
-
-def estimate_diffuse(columns: FilterOutput) -> tuple[DiffuseEffect, Array]:
-    r"""Estimate $\delta$ at every time, and compute the diffuse log-likelihood.
-
-    With $e_0$ and $E$ the standardized innovations for $\delta = 0$ and their change with
-    $\delta$, $J = E^\top E$ and $\eta = -E^\top e_0$; the likelihood is that of the residual
-    $e_0 + E\hat\delta$, where nothing large cancels however far the data are from $m_0$.
-
-    Args:
-        columns: filter output of every column, leading axes 1 + d and T.
-
-    Returns:
-        Estimates from data up to t, leading axis T, NaN where $\delta$ is not identified; and the
-        log-likelihood.
-    """
-    scaled = standardize(columns)
-    base, units = scaled[0], scaled[1:]
-    score = -jnp.cumsum(jnp.einsum("itn,tn->ti", units, base, precision="highest"), axis=0)
-    information = jnp.cumsum(jnp.einsum("itn,jtn->tij", units, units, precision="highest"), axis=0)
-    scale = jnp.sqrt(jnp.diagonal(information[-1]))
+    rows, weights, noise = (
+        largest(jnp.asarray(part), 2) for part in (model.rows, model.weights, model.noise)
+    )
+    if model.correlated is not None:
+        error = largest(jnp.diagonal(model.correlated, axis1=-2, axis2=-1), 1)
+    else:
+        error = largest(jnp.asarray(model.variances), 1)
+    moved = (rows * jnp.sqrt(jnp.diagonal(noise))).max(axis=1) ** 2
+    scale = jnp.maximum(error, moved)
     scale = jnp.where(scale > 0, scale, 1.0)
-    # Equilibrated, so that states on different scales are not taken for unidentified.
-    balanced = to_lanes(information / (scale[:, None] * scale[None]))
-    factor = psd_cholesky(balanced)
-    pivots = diagonal_of(factor)
-    level = 100 * jnp.finfo(scaled.dtype).eps
-    known = is_regular(factor) & jnp.all(pivots * pivots > level, axis=0)
-    eye = jnp.eye(len(scale), dtype=scaled.dtype)
-    safe = jnp.where(known, factor, eye[..., None])
-    inverse = from_lanes(cho_solve(safe, jnp.broadcast_to(eye[..., None], safe.shape)))
-    cov = inverse / (scale[:, None] * scale[None])
-    mean = jnp.einsum("tij,tj->ti", cov, score, precision="highest")
-    residual = base + jnp.einsum("itn,i->tn", units, mean[-1], precision="highest")
-    log_det = 2 * jnp.sum(jnp.log(jnp.where(known[-1], pivots[:, -1], 1.0)))
-    log_det = log_det + 2 * jnp.sum(jnp.log(scale))
-    # The density of a residual of zero, and then of the standardized residual.
-    at_zero = columns._replace(residual=jnp.zeros_like(columns.residual))
-    at_zero = log_density(jax.tree.map(lambda leaf: leaf[0], at_zero))
-    value = jnp.sum(at_zero) - 0.5 * jnp.sum(residual * residual) - 0.5 * log_det
-    # NaN comes last: times a zero cotangent it would be NaN in the derivative of what is known.
-    effect = DiffuseEffect(
-        mean=jnp.where(known[:, None], mean, jnp.nan),
-        cov=jnp.where(known[:, None, None], cov, jnp.nan),
-    )
-    return effect, jnp.where(known[-1], value, jnp.nan)
 
+    def sight(seen: Array) -> Array:
+        return jnp.sum(seen * seen / scale[:, None], axis=0)
 
-def integrate(
-    means: Array, cov: Array, effect_mean: Array, effect_cov: Array, other: Array | None = None
-) -> tuple[Array, Array]:
-    r"""Integrate $\delta$ out of moments that are affine in it.
+    def look_back(_: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        seen, found = carry
+        seen = jnp.matmul(seen, weights, precision="highest")
+        return seen, jnp.where(found > 0, found, sight(seen))
 
-    Args:
-        means: (1 + d, T, D): mean for $\delta = 0$ and its change with each unit $\delta$.
-        cov: (T, D, D) given $\delta$.
-        effect_mean: (d,) or (T, d).
-        effect_cov: (d, d) or (T, d, d).
-        other: (d, T, D) change of the other side for a cross-covariance; `means` itself if None.
-
-    Returns:
-        Mean and covariance.
-    """
-    units = jnp.moveaxis(means[1:], 0, -1)
-    right = units if other is None else jnp.moveaxis(other, 0, -1)
-    mean = means[0] + jnp.einsum(
-        "tij,...j->ti" if effect_mean.ndim == 1 else "tij,tj->ti",
-        units,
-        effect_mean,
-        precision="highest",
-    )
-    spread = jnp.matmul(
-        jnp.matmul(units, effect_cov, precision="highest"),
-        jnp.swapaxes(right, -1, -2),
-        precision="highest",
-    )
-    return mean, cov + spread
+    size = len(model.initial_mean)
+    _, found = jax.lax.fori_loop(0, size, look_back, (rows, sight(rows)))
+    unseen = jnp.where(jnp.diagonal(noise) > 0, jnp.diagonal(noise), 1.0)
+    return jnp.where(found > 0, 1.0 / jnp.where(found > 0, found, 1.0), unseen)

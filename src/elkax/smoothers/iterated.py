@@ -184,7 +184,7 @@ def iterated_smoother(
         arXiv:2102.00514.
     """
     check_backend(backend)
-    stored = find_form(form)
+    stored = find_form(form, float)
     check_strategy(linearizer, damping, max_iters)
     system, data = prepare_system(params, emissions, inputs, residual=residual)
     means, covs = _find_start(start, system, data, linearizer, stored, backend)

@@ -16,13 +16,15 @@ from jaxtyping import Array, ArrayLike
 from elkax.gaussian import Covariance, Form, Model
 from elkax.gaussian.costates import filter_model
 from elkax.gaussian.decorrelation import uncorrelate
+from elkax.gaussian.effects import combine_columns, estimate, over_effects, spread, undetermined
 from elkax.gaussian.kalman import FilterOutput, log_density
 from elkax.gaussian.score import filter_moments, log_likelihood, with_derivative_of
 from elkax.gaussian.sharing import share_mask
-from elkax.gaussian.smoothing import Smoothed, bryson_frazier, smooth
+from elkax.gaussian.smoothing import Smoothed, smooth
+from elkax.gaussian.unknown import log_rotation
 from elkax.scan import Backend
 from elkax.scan.lanes import from_lanes, to_lanes
-from elkax.smoothers.initial import ExactDiffuse, Stationary, estimate_diffuse, integrate
+from elkax.smoothers.initial import ExactDiffuse, Stationary
 from elkax.smoothers.prepare import Problem, check_backend, find_form, prepare
 
 Initial = Stationary | ExactDiffuse | None
@@ -45,7 +47,7 @@ def filter_and_smooth(model: Model, form: Any, backend: Backend | None) -> Filte
 
     def by_costates(model: Model) -> FilterSmoother:
         filtered = filter_model(model, Covariance(), backend)
-        return FilterSmoother(filtered, bryson_frazier(model, filtered, Covariance(), backend))
+        return FilterSmoother(filtered, smooth(model, filtered, Covariance(), backend))
 
     def in_form(model: Model) -> FilterSmoother:
         filtered = filter_model(model, form, backend)
@@ -53,6 +55,8 @@ def filter_and_smooth(model: Model, form: Any, backend: Backend | None) -> Filte
         cov = from_lanes(form.decode(to_lanes(filtered.cov)))
         return FilterSmoother(filtered._replace(cov=cov), smoothed)
 
+    if isinstance(form, Covariance):
+        return in_form(model)
     return with_derivative_of(by_costates, in_form, model)
 
 
@@ -62,21 +66,82 @@ def setup(
     inputs: ArrayLike | None,
     *,
     backend: Backend | None,
-    form: str,
+    form: str | None,
     initial: Initial,
     length: ArrayLike | None = None,
 ) -> tuple[Problem, Form]:
     """Check all arguments that the inference functions share and prepare the problem."""
     check_backend(backend)
-    stored = find_form(form)
     if initial is not None and not isinstance(initial, Stationary | ExactDiffuse):
         raise TypeError(
             f"initial must be None, elkax.Stationary() or elkax.ExactDiffuse(), got {initial!r}"
         )
     problem = prepare(params, emissions, inputs, length=length)
+    if initial is None and any(problem.diffuse):
+        initial = ExactDiffuse(problem.diffuse)
     if initial is not None:
         problem = replace(problem, model=initial.resolve(problem.model))
+    stored = find_form(form, problem.emissions.dtype, exact_entries=problem.exact_entries)
     return problem, stored
+
+
+class Moments(NamedTuple):
+    r"""Moments of the states, of which directions may be undetermined.
+
+    Attributes:
+        mean: (T, D).
+        cov: (T, D, D).
+        unknown: (T, D, d), zero in what is determined; None if all of it is.
+    """
+
+    mean: Array
+    cov: Array
+    unknown: Array | None
+
+    def is_unknown(self) -> Array:
+        """Tell which states are undetermined (T, D)."""
+        if self.unknown is None:
+            return jnp.zeros(self.mean.shape, bool)
+        return jnp.any(self.unknown != 0, axis=-1)
+
+    def shown(self) -> tuple[Array, Array]:
+        """Give means and covariances: of an undetermined state NaN, with infinite variance."""
+        if self.unknown is None:
+            return self.mean, self.cov
+        hidden = self.is_unknown()
+        eye = jnp.eye(self.mean.shape[-1], dtype=bool)
+        cov = jnp.where(hidden[:, :, None] | hidden[:, None, :], jnp.nan, self.cov)
+        return (
+            jnp.where(hidden, jnp.nan, self.mean),
+            jnp.where(eye & hidden[:, :, None], jnp.inf, cov),
+        )
+
+
+class Inference(NamedTuple):
+    """What filter and smoother find.
+
+    Attributes:
+        value: log-likelihood.
+        filtered: moments given the past and present.
+        smoothed: moments given everything, None for a filter.
+        lagged: covariances of neighbouring states given everything, None for a filter.
+    """
+
+    value: Array
+    filtered: Moments
+    smoothed: Moments | None = None
+    lagged: Array | None = None
+
+    def posterior(self) -> PosteriorGSSMSmoothed:
+        """Put everything into dynamax's posterior."""
+        value, filtered, smoothed, lagged = self
+        assert smoothed is not None and lagged is not None
+        if smoothed.unknown is not None:
+            hidden = smoothed.is_unknown()
+            pairs = hidden[:-1, :, None] | hidden[1:, None, :]
+            lagged = jnp.where(pairs, jnp.nan, lagged)
+        means = Smoothed(*smoothed.shown(), lagged)
+        return assemble_posterior(value, *filtered.shown(), means)
 
 
 def assemble_posterior(
@@ -92,55 +157,76 @@ def poison(value: Array, finite: Array) -> Array:
     return jnp.where(finite, value, jnp.nan)
 
 
-@partial(jax.jit, static_argnames=("form", "backend", "initial"))
-def _filter(
-    model: Model, finite: Array, *, form: Form, backend: Backend | None, initial: Initial
-) -> PosteriorGSSMFiltered:
-    def solve(model: Model) -> tuple[Array, Array, Array]:
-        if not isinstance(initial, ExactDiffuse):
-            filtered = filter_moments(model, form, backend)
-            return jnp.sum(log_density(filtered)), filtered.mean, filtered.cov
-        columns = initial.run(lambda m: filter_moments(m, form, backend), model)
-        effect, value = estimate_diffuse(columns)
-        return value, *integrate(columns.mean, columns.cov[0], effect.mean, effect.cov)
-
-    value, mean, cov = share_mask(solve, model)
-    return PosteriorGSSMFiltered(poison(value, finite), mean, cov)
+def _filtered(model: Model, form: Form, backend: Backend | None) -> tuple[Array, Moments]:
+    """Filter: the log-likelihood and the moments."""
+    filtered = filter_moments(model, form, backend)
+    value = jnp.sum(log_density(filtered))
+    if filtered.unknown is None:
+        return value, Moments(filtered.mean, filtered.cov, None)
+    value = value + log_rotation(filtered.unknown[-1], jnp.asarray(model.unknown))
+    states = jax.lax.stop_gradient(filtered.unknown[:, : filtered.mean.shape[-1]])
+    return value, Moments(filtered.mean, filtered.cov, states)
 
 
-@partial(jax.jit, static_argnames=("form", "backend", "initial"))
-def _smoother(
-    model: Model, finite: Array, *, form: Form, backend: Backend | None, initial: Initial
-) -> PosteriorGSSMSmoothed:
-    def solve(model: Model) -> PosteriorGSSMSmoothed:
-        if not isinstance(initial, ExactDiffuse):
+@partial(jax.jit, static_argnames=("form", "backend"))
+def infer_filtered(
+    model: Model, finite: Array, *, form: Form, backend: Backend | None
+) -> Inference:
+    """Filter a prepared model."""
+    value, moments = share_mask(lambda m: _filtered(m, form, backend), model)
+    return Inference(poison(value, finite), moments)
+
+
+@partial(jax.jit, static_argnames=("form", "backend"))
+def infer_smoothed(
+    model: Model, finite: Array, *, form: Form, backend: Backend | None
+) -> Inference:
+    """Filter and smooth a prepared model."""
+
+    def solve(model: Model) -> Inference:
+        if model.unknown is None:
             filtered, smoothed = filter_and_smooth(model, form, backend)
             value = jnp.sum(log_density(filtered))
-            return assemble_posterior(value, filtered.mean, filtered.cov, smoothed)
-        columns, given = initial.run(lambda m: filter_and_smooth(m, form, backend), model)
-        effect, value = estimate_diffuse(columns)
-        mean, cov = integrate(columns.mean, columns.cov[0], effect.mean, effect.cov)
-        last = effect.mean[-1], effect.cov[-1]
-        _, lagged = integrate(given.mean[:, :-1], given.lagged[0], *last, other=given.mean[1:, 1:])
-        smoothed = Smoothed(*integrate(given.mean, given.cov[0], *last), lagged)
-        return assemble_posterior(value, mean, cov, smoothed)
+            past = Moments(filtered.mean, filtered.cov, None)
+            return Inference(
+                value, past, Moments(smoothed.mean, smoothed.cov, None), smoothed.lagged
+            )
+        past = _filtered(model, form, backend)[1]
+        return smooth_effects(model, form, backend)._replace(filtered=past)
 
-    posterior = share_mask(solve, model)
-    return posterior._replace(marginal_loglik=poison(posterior.marginal_loglik, finite))
+    found = share_mask(solve, model)
+    return found._replace(value=poison(found.value, finite))
 
 
-@partial(jax.jit, static_argnames=("form", "backend", "initial"))
+def smooth_effects(model: Model, form: Form, backend: Backend | None) -> Inference:
+    """Smooth given unknown effects, and integrate these out; filtered moments are left alone."""
+    model = uncorrelate(model)
+    columns, given = over_effects(lambda m: filter_and_smooth(m, form, backend), model)
+    effect, value = estimate(model, columns)
+    moments = Moments(
+        combine_columns(given.mean, effect)[0],
+        given.cov[0] + spread(given.mean, effect),
+        undetermined(given.mean, effect),
+    )
+    lagged = given.lagged[0] + spread(given.mean[:, :-1], effect, given.mean[:, 1:])
+    return Inference(value, moments, moments, lagged)
+
+
+@partial(jax.jit, static_argnames=("form", "backend"))
 def _marginal_log_prob(
-    model: Model, finite: Array, *, form: Form, backend: Backend | None, initial: Initial
+    model: Model, finite: Array, *, form: Form, backend: Backend | None
 ) -> Array:
-    if not isinstance(initial, ExactDiffuse):
-        return poison(log_likelihood(model, form, backend), finite)
+    return poison(log_likelihood(model, form, backend), finite)
 
-    def solve(model: Model) -> Array:
-        columns = initial.run(lambda m: filter_moments(m, form, backend), model)
-        return estimate_diffuse(columns)[1]
 
-    return poison(share_mask(solve, model), finite)
+@jax.jit
+def _shown(moments: Moments) -> tuple[Array, Array]:
+    return moments.shown()
+
+
+@jax.jit
+def _posterior(found: Inference) -> PosteriorGSSMSmoothed:
+    return found.posterior()
 
 
 def lgssm_filter(
@@ -149,7 +235,7 @@ def lgssm_filter(
     inputs: ArrayLike | None = None,
     *,
     backend: Backend | None = None,
-    form: str = "covariance",
+    form: str | None = None,
     initial: Initial = None,
     length: ArrayLike | None = None,
 ) -> PosteriorGSSMFiltered:
@@ -187,7 +273,8 @@ def lgssm_filter(
     problem, stored = setup(
         params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
     )
-    return _filter(problem.model, problem.finite, form=stored, backend=backend, initial=initial)
+    found = infer_filtered(problem.model, problem.finite, form=stored, backend=backend)
+    return PosteriorGSSMFiltered(found.value, *_shown(found.filtered))
 
 
 def lgssm_smoother(
@@ -196,7 +283,7 @@ def lgssm_smoother(
     inputs: ArrayLike | None = None,
     *,
     backend: Backend | None = None,
-    form: str = "covariance",
+    form: str | None = None,
     initial: Initial = None,
     length: ArrayLike | None = None,
 ) -> PosteriorGSSMSmoothed:
@@ -216,7 +303,8 @@ def lgssm_smoother(
     problem, stored = setup(
         params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
     )
-    return _smoother(problem.model, problem.finite, form=stored, backend=backend, initial=initial)
+    found = infer_smoothed(problem.model, problem.finite, form=stored, backend=backend)
+    return _posterior(found)
 
 
 def lgssm_marginal_log_prob(
@@ -225,7 +313,7 @@ def lgssm_marginal_log_prob(
     inputs: ArrayLike | None = None,
     *,
     backend: Backend | None = None,
-    form: str = "covariance",
+    form: str | None = None,
     initial: Initial = None,
     length: ArrayLike | None = None,
 ) -> Array:
@@ -245,6 +333,4 @@ def lgssm_marginal_log_prob(
     problem, stored = setup(
         params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
     )
-    return _marginal_log_prob(
-        problem.model, problem.finite, form=stored, backend=backend, initial=initial
-    )
+    return _marginal_log_prob(problem.model, problem.finite, form=stored, backend=backend)

@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from elkax.gaussian import FilterOutput, Form, KalmanFilter, Model
-from elkax.gaussian.costates import encode_model, shift
-from elkax.gaussian.kalman import log_density
-from elkax.gaussian.model import RANKS, constant_part, over_time
+from elkax.gaussian import Covariance, FilterOutput, Form, KalmanFilter, Model
+from elkax.gaussian.factor import cho_solve, psd_cholesky
+from elkax.gaussian.kalman import State, log_density
+from elkax.gaussian.markov import GaussMarkov, Transition
+from elkax.gaussian.model import RANKS
+from elkax.gaussian.rounding import of_prediction
 from elkax.gaussian.smoothing import Smoothed, smooth
 from elkax.linearize import Affine, Linearizer, Observation, Taylor
-from elkax.scan import Backend
-from elkax.scan.lanes import from_lanes, matvec, to_lanes
-from elkax.scan.layout import in_blocks
+from elkax.scan import Backend, run
+from elkax.scan.lanes import from_lanes, identity, matmul, matvec, to_lanes, transpose
 from elkax.smoothers.linearization import Linearized, assemble, linearize, uncorrelated
 from elkax.smoothers.system import Data, System
 
@@ -61,40 +62,45 @@ def filter_system(
     # Time t takes in its emission and then steps on to t + 1; the last step leads nowhere.
     following = jnp.minimum(jnp.arange(length) + 1, length - 1)
 
-    def one(carry: tuple, x: tuple) -> tuple[tuple, tuple]:
-        mean, stored = carry
+    def one(state: State, x: tuple) -> tuple[State, tuple]:
         datum, inputs, noise = x
 
-        def take_in(at_mean: Array, at_stored: Array) -> tuple[FilterOutput, Observation]:
+        def take_in(at_mean: Array, at_stored: Array) -> tuple[State, FilterOutput, Observation]:
             at_cov = form.decode(at_stored) if uses else None
             observation = system.emission.observe(linearizer, datum, at_mean, at_cov)
             observation, _ = uncorrelated(observation)
-            return _update(form, mean, stored, observation), observation
+            return *_update(form, state, observation), observation
 
-        output, observation = take_in(mean, stored)
+        after, output, observation = take_in(state.mean, state.cov)
         density = log_density(output) + observation.log_scale
         if num_iter > 1:
 
             def again(_: Array, carry: tuple) -> tuple:
-                output, _ = carry
+                _, output, _ = carry
                 return take_in(output.mean, output.cov)
 
-            output, observation = jax.lax.fori_loop(1, num_iter, again, (output, observation))
+            found = jax.lax.fori_loop(1, num_iter, again, (after, output, observation))
+            after, output, observation = found
         cov = form.decode(output.cov) if uses else None
         affine = linearizer(lambda state: system.advance(state, inputs), output.mean, cov)
         noise = data.noise if noise is None else noise
         noise = form.encode(noise if affine.cov is None else noise + affine.cov)
         ahead = matvec(affine.weights, output.mean) + affine.offset
         ahead_stored = form.predict(affine.weights, output.cov, noise)
+        error = after.error
+        if error is not None:
+            error = of_prediction(form, affine.weights, error, output.cov, noise)
         kept = (output, density, observation, affine, ahead, form.decode(ahead_stored))
-        return (ahead, ahead_stored), kept
+        return State(ahead, jnp.zeros_like(ahead), ahead_stored, error), kept
 
     xs = (
         data.each(),
         None if data.inputs is None else data.inputs[following],
         data.noise[following] if varying else None,
     )
-    start = (data.initial_mean, form.encode(data.initial_cov))
+    zero, cov = jnp.zeros_like(data.initial_mean), jnp.zeros_like(data.initial_cov)
+    error = cov if form.exact_entries else None
+    start = State(data.initial_mean, zero, form.encode(data.initial_cov), error)
     _, kept = jax.lax.scan(one, start, xs)
     output, density, observation, affine, ahead, ahead_cov = kept
     steps = jax.tree.map(lambda leaf: leaf[:-1], affine)
@@ -102,9 +108,11 @@ def filter_system(
     return Filtered(linearized, output, density, ahead, ahead_cov)
 
 
-def _update(form: Form, mean: Array, stored: Array, observation: Observation) -> FilterOutput:
-    """Condition stored moments on one observation: a filter step that predicts no change."""
-    size = mean.shape[0]
+def _update(
+    form: Form, state: State, observation: Observation
+) -> tuple[State, FilterOutput]:
+    """Condition a state on one observation: a filter step that predicts no change."""
+    mean, stored, size = state.mean, state.cov, state.mean.shape[0]
     kalman = KalmanFilter(Model(*[None] * len(RANKS)), form)
     model = Model(
         initial_mean=jnp.zeros_like(mean),
@@ -118,7 +126,7 @@ def _update(form: Form, mean: Array, stored: Array, observation: Observation) ->
         observed=observation.observed,
         first=jnp.zeros((), mean.dtype),
     )
-    return kalman.step((mean, jnp.zeros_like(mean), stored), model)[1]
+    return kalman.step(state, model)
 
 
 def smooth_filtered(filtered: Filtered, form: Form, backend: Backend | None) -> Smoothed:
@@ -127,34 +135,44 @@ def smooth_filtered(filtered: Filtered, form: Form, backend: Backend | None) -> 
 
 
 def smooth_moments(
-    system: System,
-    data: Data,
-    means: Array,
-    covs: Array,
-    form: Form,
-    backend: Backend | None,
+    system: System, data: Data, means: Array, covs: Array, backend: Backend | None
 ) -> Smoothed:
-    """Smooth filtered moments (T, D) and (T, D, D), steps and emissions expanded about them.
+    r"""Smooth filtered moments (T, D) and (T, D, D), steps expanded about them.
 
-    Innovations, of which the moments say nothing, are those of a filter step from each of them.
+    By Rauch-Tung-Striebel, which needs nothing but these moments: with
+    $G_t = P_tF^\top(FP_tF^\top + Q)^+$,
+    $\hat z_t = m_t + G_t(\hat z_{t+1} - Fm_t - c)$ and, in Joseph form, covariances
+    $(I - G_tF)P_t(I - G_tF)^\top + G_t(Q + \hat P_{t+1})G_t^\top$.
     """
     model = linearize(system, data, Taylor(), means, None).model
-    predicted = from_lanes(matvec(to_lanes(model.weights[1:]), to_lanes(means[:-1])))
-    predicted = jnp.concatenate((data.initial_mean[None], predicted + model.offset[1:]))
-    stored = from_lanes(form.encode(to_lanes(covs)))
-    encoded = encode_model(model, form)
-
-    def step(fixed: Model, x: tuple[Model, Array, Array]) -> tuple[FilterOutput, None]:
-        own, mean, cov = x
-        return KalmanFilter(fixed, form).step((mean, jnp.zeros_like(mean), cov), own)[1], None
-
-    varying = over_time(lambda field, rank: field, encoded)
-    earlier = (shift(part) for part in (means, stored))
-    output, _ = in_blocks(step, constant_part(encoded), (varying, *earlier), means.shape[-1])
-    output = output._replace(
-        mean=means, low=jnp.zeros_like(means), cov=stored, correction=means - predicted
+    length, size = means.shape
+    if length == 1:
+        return Smoothed(means, covs, jnp.zeros((0, size, size), covs.dtype))
+    noise = jnp.broadcast_to(model.noise, (length, size, size))[1:]
+    steps = (to_lanes(model.weights[1:]), to_lanes(covs[:-1]), to_lanes(noise))
+    gain, rest = _turn_around(*steps)
+    ahead = matvec(steps[0], to_lanes(means[:-1])) + to_lanes(model.offset[1:])
+    shift = matvec(gain, to_lanes(means[1:]) - ahead)
+    transitions = Transition(*map(from_lanes, (gain, shift, rest)))
+    start = (jnp.zeros_like(means[-1]), covs[-1])
+    recurrence = GaussMarkov(size, Covariance())
+    _, (moved, smoothed) = run(
+        recurrence, start, transitions, backend=backend, state_dim=size, reverse=True
     )
-    return smooth(model, output, form, backend)
+    smoothed = jnp.concatenate((smoothed, covs[-1:]))
+    lagged = jnp.matmul(transitions.weights, smoothed[1:], precision="highest")
+    return Smoothed(means.at[:-1].add(moved), smoothed, lagged)
+
+
+def _turn_around(weights: Array, cov: Array, noise: Array) -> tuple[Array, Array]:
+    r"""Compute $G$ and $(I - GF)P(I - GF)^\top + GQG^\top$ over lanes."""
+    cross = matmul(weights, cov)
+    predicted = matmul(cross, transpose(weights)) + noise
+    gain = transpose(cho_solve(psd_cholesky(predicted), cross))
+    eye = identity(len(gain), gain.shape[2:], gain.dtype)
+    kept = eye - matmul(gain, weights)
+    both = matmul(matmul(kept, cov), transpose(kept))
+    return gain, both + matmul(matmul(gain, noise), transpose(gain))
 
 
 def decode(stored: Array, form: Form) -> Array:

@@ -58,17 +58,16 @@ def _smoother(
     )
 
 
-@partial(jax.jit, static_argnames=("system", "form", "backend"))
+@partial(jax.jit, static_argnames=("system", "backend"))
 def _smoother_of_filtered(
     system: System,
     data: Data,
     posterior: PosteriorGSSMFiltered,
     *,
-    form: Form,
     backend: Backend | None,
 ) -> PosteriorGSSMSmoothed:
     moments = posterior.filtered_means, posterior.filtered_covariances
-    smoothed = smooth_moments(system, data, *moments, form, backend)
+    smoothed = smooth_moments(system, data, *moments, backend)
     return assemble_posterior(posterior.marginal_loglik, *moments, smoothed)
 
 
@@ -111,7 +110,7 @@ def gaussian_filter(
     References:
         Särkkä & Svensson (2023), Bayesian Filtering and Smoothing, Ch. 7 to 9.
     """
-    stored = find_form(form)
+    stored = find_form(form, float)
     check_count("num_iter", num_iter)
     wanted = FIELDS if output_fields is None else tuple(output_fields)
     unknown = set(wanted) - {*FIELDS, "marginal_loglik"}
@@ -162,7 +161,7 @@ def gaussian_smoother(
         TypeError: as `gaussian_filter`.
     """
     check_backend(backend)
-    stored = find_form(form)
+    stored = find_form(form, float)
     check_count("num_iter", num_iter)
     system, data = prepare_system(params, emissions, inputs, residual=residual)
     return _smoother(
@@ -201,10 +200,9 @@ def extended_kalman_smoother(
     if filtered_posterior is None:
         return gaussian_smoother(params, emissions, inputs, backend=backend, form=form)
     check_backend(backend)
+    find_form(form, float)
     system, data = prepare_system(params, emissions, inputs)
-    return _smoother_of_filtered(
-        system, data, filtered_posterior, form=find_form(form), backend=backend
-    )
+    return _smoother_of_filtered(system, data, filtered_posterior, backend=backend)
 
 
 def _unscented(hyperparams: Any) -> SigmaPoints:

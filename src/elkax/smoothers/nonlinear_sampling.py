@@ -62,7 +62,7 @@ def extended_kalman_posterior_sample(
     check_backend(backend)
     if num_samples is not None:
         check_count("num_samples", num_samples)
-    stored = find_form(form)
+    stored = find_form(form, float)
     system, data = prepare_system(params, emissions, inputs)
     model = _along_filter(system, data, linearizer=linearizer, form=stored)
     return draw_posterior(key, model, num_samples=num_samples, form=stored, backend=backend)
@@ -109,7 +109,7 @@ def iterated_posterior_sample(
     check_backend(backend)
     if num_samples is not None:
         check_count("num_samples", num_samples)
-    stored = find_form(form)
+    stored = find_form(form, float)
     system, data = prepare_system(params, emissions, inputs, residual=residual)
     covs = solution.posterior.smoothed_covariances if linearizer.uses_covariance else None
     model = _along_trajectory(system, data, solution.trajectory, covs, linearizer=linearizer)

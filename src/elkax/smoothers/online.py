@@ -5,16 +5,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from dynamax.linear_gaussian_ssm import ParamsLGSSM
 from jaxtyping import Array, ArrayLike
 
 from elkax.gaussian import Form, KalmanFilter, Model
 from elkax.gaussian.costates import encode_model
 from elkax.gaussian.decorrelation import uncorrelate
-from elkax.gaussian.kalman import log_density
+from elkax.gaussian.kalman import State, log_density
 from elkax.gaussian.model import constant_part, merge, over_time
+from elkax.gaussian.unknown import start
 from elkax.smoothers.linear import poison
-from elkax.smoothers.prepare import Problem, check_symmetric, find_form, prepare
+from elkax.smoothers.prepare import Problem, check_symmetric, diffuse_mask, find_form, prepare
 
 
 class OnlineState(NamedTuple):
@@ -27,6 +29,9 @@ class OnlineState(NamedTuple):
         time: number of emissions taken in, an integer scalar.
         low: (D,) what rounding left out of the mean.
         factor_low: (D, D) what rounding left out of the factor, (D, 0) if that is not known.
+        error: (D, D) the size of what rounding left in the covariance, in the units of the form.
+        unknown: (D + d, d) directions of which nothing is known yet, see `elkax.gaussian.unknown`;
+            None if there never were any.
     """
 
     mean: Array
@@ -35,34 +40,49 @@ class OnlineState(NamedTuple):
     time: Array
     low: Array
     factor_low: Array
+    error: Array
+    unknown: Array | None = None
 
 
-def lgssm_online_start(params: ParamsLGSSM, *, form: str = "covariance") -> OnlineState:
+def lgssm_online_start(params: ParamsLGSSM, *, form: str | None = None) -> OnlineState:
     """Return the state before the first emission.
+
+    States that are diffuse in `params.initial` have mean NaN and an infinite variance until the
+    emissions determine them, as `lgssm_filter` has it.
 
     Args:
         params: dynamax parameters.
-        form: "covariance" or "square_root", the same in every `lgssm_online_step`.
+        form: as `lgssm_filter`, the same in every `lgssm_online_step`.
 
     Raises:
         ValueError: on an initial covariance that is not symmetric or does not fit the mean.
     """
-    stored = find_form(form)
     mean, cov = jnp.asarray(params.initial.mean), jnp.asarray(params.initial.cov)
     if mean.ndim != 1 or cov.shape != (*mean.shape, *mean.shape):
         raise ValueError(
             f"params.initial must hold mean (D,) and cov (D, D), got {mean.shape} and {cov.shape}"
         )
+    size, dtype = len(mean), jnp.result_type(mean, cov, jnp.float32)
+    stored = find_form(form, dtype)
+    mask = diffuse_mask(params.initial)
+    unknown = None
+    if any(mask):
+        hidden = np.array(mask)
+        mean = jnp.where(hidden, 0.0, mean)
+        cov = jnp.where(hidden[:, None] | hidden, 0.0, cov)
+        unknown = start(jnp.eye(size, dtype=dtype)[:, hidden])
     check_symmetric("params.initial.cov", cov)
-    dtype = jnp.result_type(mean, cov, jnp.float32)
     cov = stored.exact(stored.encode(cov.astype(dtype)))
+    zero = jnp.zeros((), dtype)
     return OnlineState(
         mean.astype(dtype),
-        cov[:, : len(mean)],
-        jnp.zeros((), dtype),
+        cov[:, :size],
+        zero,
         jnp.zeros((), jnp.int32),
         jnp.zeros(mean.shape, dtype),
-        cov[:, len(mean) :],
+        cov[:, size:],
+        jnp.zeros((size, size), dtype),
+        unknown,
     )
 
 
@@ -72,7 +92,7 @@ def lgssm_online_step(
     emission: ArrayLike,
     input: ArrayLike | None = None,
     *,
-    form: str = "covariance",
+    form: str | None = None,
 ) -> OnlineState:
     """Take in one more emission: the same step, and the same numbers, as `lgssm_filter`.
 
@@ -89,7 +109,7 @@ def lgssm_online_step(
     Raises:
         ValueError: as `lgssm_filter`.
     """
-    stored = find_form(form)
+    stored = find_form(form, state.mean.dtype)
     emission = jnp.asarray(emission)
     if emission.ndim != 1:
         raise ValueError(f"emission must be (N,), got shape {emission.shape}")
@@ -103,16 +123,38 @@ def lgssm_online_step(
 def _take_in(problem: Problem, state: OnlineState, *, form: Form) -> OnlineState:
     """Predict and update."""
     first = state.time == 0
+    size = len(state.mean)
+    unknown, start = state.unknown, None
+    if unknown is not None:
+        # In the units of the states at first; then it is the state that holds them.
+        start = unknown
+        unknown = unknown.at[:size].multiply(jnp.where(first, 0.0, 1.0))
     model = _here(encode_model(uncorrelate(problem.model), form))._replace(
-        initial_mean=state.mean, initial_cov=state.covariance, first=first.astype(state.mean.dtype)
+        initial_mean=state.mean,
+        initial_cov=state.covariance,
+        first=first.astype(state.mean.dtype),
+        unknown=start,
     )
     cov = jnp.concatenate((state.covariance, state.factor_low), axis=1)
-    before = jnp.where(first, 0.0, state.mean), state.low, jnp.where(first, 0.0, cov)
-    kalman = KalmanFilter(model, form)
-    (mean, low, cov), output = kalman.step(before, Model(*([None] * len(model))))
+    before = State(
+        jnp.where(first, 0.0, state.mean),
+        state.low,
+        jnp.where(first, 0.0, cov),
+        state.error,
+        unknown,
+    )
+    after, output = KalmanFilter(model, form).step(before, Model(*([None] * len(model))))
     density = poison(log_density(output), problem.finite)
-    size, value = len(mean), state.marginal_loglik + density
-    return OnlineState(mean, cov[:, :size], value, state.time + 1, low, cov[:, size:])
+    return OnlineState(
+        after.mean,
+        after.cov[:, :size],
+        state.marginal_loglik + density,
+        state.time + 1,
+        after.low,
+        after.cov[:, size:],
+        after.error,
+        after.unknown,
+    )
 
 
 def _here(model: Model) -> Model:

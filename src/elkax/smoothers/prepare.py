@@ -9,18 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from dynamax.linear_gaussian_ssm import ParamsLGSSM
+from dynamax.linear_gaussian_ssm.inference import ParamsLGSSMInitial
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
 from elkax.gaussian import Covariance, Form, Model, SquareRoot
 from elkax.gaussian.decorrelation import needs_no_own_factor, uncorrelate
+from elkax.scan.lanes import is_short
 
-FORMS: dict[str, Form] = {"covariance": Covariance(), "square_root": SquareRoot()}
+FORMS: dict[str, Any] = {"covariance": Covariance, "square_root": SquareRoot}
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["model", "weights", "offset", "cov", "emissions", "finite"],
-    meta_fields=["diagonal"],
+    meta_fields=["diagonal", "diffuse", "exact_entries"],
 )
 @dataclass(frozen=True)
 class Problem:
@@ -34,6 +37,8 @@ class Problem:
         diagonal: whether `cov` holds variances only.
         emissions: (T, N), NaN where missing.
         finite: whether every parameter is finite.
+        diffuse: which initial states are exactly diffuse; empty if none is.
+        exact_entries: whether a measurement without error may occur.
     """
 
     model: Model
@@ -43,17 +48,31 @@ class Problem:
     diagonal: bool
     emissions: Array
     finite: Array
+    diffuse: tuple[bool, ...] = ()
+    exact_entries: bool = True
 
 
-def find_form(form: str) -> Form:
-    """Return the form of that name.
+def find_form(form: str | None, dtype: DTypeLike, *, exact_entries: bool = True) -> Form:
+    """Return the form of that name; if None, factors in types of few digits, else covariances.
+
+    Args:
+        form: "covariance", "square_root" or None.
+        dtype: of the computation.
+        exact_entries: whether a measurement without error may occur.
 
     Raises:
         ValueError: on an unknown name.
     """
+    if form is None:
+        form = "square_root" if is_short(dtype) else "covariance"
     if form not in FORMS:
-        raise ValueError(f"form must be one of {sorted(FORMS)}, got {form!r}")
-    return FORMS[form]
+        raise ValueError(f"form must be None or one of {sorted(FORMS)}, got {form!r}")
+    return FORMS[form](exact_entries=exact_entries)
+
+
+def diffuse_mask(initial: Any) -> tuple[bool, ...]:
+    """Tell which initial states are exactly diffuse; empty if none is."""
+    return getattr(initial, "diffuse", ())
 
 
 def check_count(name: str, value: Any) -> None:
@@ -107,6 +126,12 @@ def prepare(
             f"{emissions.shape}"
         )
     num_timesteps, emission_dim = emissions.shape
+    diffuse = getattr(params.initial, "diffuse", ())
+    if diffuse:
+        mask = np.array(diffuse)
+        cov = jnp.where(mask[:, None] | mask, 0.0, params.initial.cov)
+        mean = jnp.where(mask, 0.0, params.initial.mean)
+        params = params._replace(initial=ParamsLGSSMInitial(mean, cov))
     arrays = _evaluate(params, num_timesteps)
     _check_shapes(arrays, num_timesteps, emission_dim)
     inputs = _check_inputs(arrays, inputs, num_timesteps)
@@ -133,7 +158,34 @@ def prepare(
         full=full,
         alike=alike,
     )
-    return Problem(model, arrays.emissions.weights, offset, r, not full, emissions, finite)
+    return Problem(
+        model,
+        arrays.emissions.weights,
+        offset,
+        r,
+        not full,
+        emissions,
+        finite,
+        diffuse,
+        _may_be_exact(params.emissions.cov, full=full),
+    )
+
+
+def _may_be_exact(cov: Any, *, full: bool) -> bool:
+    """Tell whether a measurement may be without error; it may where that cannot be looked at."""
+    if callable(cov) or not is_concrete(cov):
+        return True
+    known = np.asarray(cov, float)
+    if not full:
+        return not np.all(known > 0)
+    if known.ndim == 3 and known.shape[-1] > 1:
+        return True
+    sizes = np.sqrt(np.abs(np.diagonal(known, axis1=-2, axis2=-1)))
+    if not np.all(sizes > 0) or not np.all(np.isfinite(sizes)):
+        return True
+    correlations = known / (sizes[..., :, None] * sizes[..., None, :])
+    # Far above the level at which a pivot of R is taken for zero, in float32 as well.
+    return bool(np.min(np.linalg.eigvalsh(correlations)) < 1e-3)
 
 
 def real_array(name: str, value: Any) -> Array:

@@ -5,19 +5,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from dynamax.linear_gaussian_ssm import ParamsLGSSM, PosteriorGSSMSmoothed
+from dynamax.linear_gaussian_ssm import ParamsLGSSM
 from jaxtyping import Array, ArrayLike
 
 from elkax.gaussian import FilterOutput, Form, Model
 from elkax.gaussian.costates import Costates, find_costates
 from elkax.gaussian.decorrelation import uncorrelate
-from elkax.gaussian.factor import psd_cholesky, solve_lower, unit_ldl
+from elkax.gaussian.effects import combine_columns, estimate, over_effects, spread
+from elkax.gaussian.factor import unit_ldl
 from elkax.gaussian.score import filter_moments
+from elkax.gaussian.unknown import propagate
 from elkax.scan import Backend
 from elkax.scan.lanes import from_lanes, to_lanes
 from elkax.smoothers.forecasting import emission_moments, full_cov
-from elkax.smoothers.initial import ExactDiffuse, estimate_diffuse, integrate
-from elkax.smoothers.linear import Initial, lgssm_filter, lgssm_smoother, setup
+from elkax.smoothers.linear import Initial, Moments, infer_smoothed, setup
 from elkax.smoothers.prepare import Problem
 
 # GPUs would otherwise multiply in TF32.
@@ -64,7 +65,7 @@ def lgssm_innovations(
     inputs: ArrayLike | None = None,
     *,
     backend: Backend | None = None,
-    form: str = "covariance",
+    form: str | None = None,
     initial: Initial = None,
     length: ArrayLike | None = None,
 ) -> Innovations:
@@ -79,48 +80,41 @@ def lgssm_innovations(
     References:
         Durbin & Koopman (2012), Sec. 2.12 and 7.5.
     """
-    problem, _ = setup(
+    problem, stored = setup(
         params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
     )
-    posterior = lgssm_filter(
-        params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
-    )
-    _, means, covs, *_ = posterior
-    unknown = isinstance(initial, ExactDiffuse)
-    return _innovations(problem, jnp.asarray(means), jnp.asarray(covs), unknown=unknown)
+    return _innovations(problem, form=stored, backend=backend)
 
 
-@partial(jax.jit, static_argnames="unknown")
-def _innovations(problem: Problem, means: Array, covs: Array, *, unknown: bool) -> Innovations:
-    """Predict from filtered moments; the first state may be unknown."""
+@partial(jax.jit, static_argnames=("form", "backend"))
+def _innovations(problem: Problem, *, form: Form, backend: Backend | None) -> Innovations:
+    """Predict from filtered moments."""
     model = problem.model
-    start_mean, start_cov = model.initial_mean[None], model.initial_cov[None]
-    if unknown:
-        start_mean, start_cov = jax.tree.map(
-            lambda leaf: jnp.full_like(leaf, jnp.nan), (start_mean, start_cov)
-        )
-    mean, cov = means[:-1], covs[:-1]
+    filtered = filter_moments(model, form, backend)
+    mean, cov = filtered.mean[:-1], filtered.cov[:-1]
     weights, offset, noise = (
         part[1:] if part.ndim > rank else part
         for part, rank in ((model.weights, 2), (model.offset, 1), (model.noise, 2))
     )
     mean = jnp.einsum("...ij,...j->...i", weights, mean, precision="highest") + offset
     cov = jnp.einsum("...ij,...jk,...lk->...il", weights, cov, weights, precision="highest") + noise
-    means, covs = emission_moments(
-        problem, jnp.concatenate((start_mean, mean)), jnp.concatenate((start_cov, cov))
+    unknown = None
+    if model.unknown is not None:
+        size = mean.shape[-1]
+        later = jax.vmap(propagate, in_axes=(0 if weights.ndim == 3 else None, 0))
+        earlier = jnp.asarray(filtered.unknown)[:-1]
+        unknown = jnp.concatenate((model.unknown[None], later(weights, earlier)))[:, :size]
+    states = Moments(
+        jnp.concatenate((model.initial_mean[None], mean)),
+        jnp.concatenate((model.initial_cov[None], cov)),
+        unknown,
     )
+    means, covs = emission_moments(problem, states)
     innovations = problem.emissions - means
-    return Innovations(means, covs, innovations, _standardize(innovations, covs))
-
-
-def _standardize(innovations: Array, covs: Array) -> Array:
-    """Whiten the observed entries of each innovation."""
-    seen = to_lanes(~jnp.isnan(innovations))
-    eye = jnp.eye(covs.shape[-1], dtype=covs.dtype)[..., None]
-    factor = psd_cholesky(jnp.where(seen[:, None] & seen[None], to_lanes(covs), eye))
-    v = jnp.where(seen, to_lanes(innovations), 0.0)
-    white = solve_lower(factor, v[:, None])[:, 0]
-    return from_lanes(jnp.where(seen, white, jnp.nan))
+    positive = filtered.variance > 0
+    white = filtered.residual * jax.lax.rsqrt(jnp.where(positive, filtered.variance, 1.0))
+    white = jnp.where(positive & model.observed, white, jnp.nan)
+    return Innovations(means, covs, innovations, white)
 
 
 def lgssm_disturbances(
@@ -129,7 +123,7 @@ def lgssm_disturbances(
     inputs: ArrayLike | None = None,
     *,
     backend: Backend | None = None,
-    form: str = "covariance",
+    form: str | None = None,
     initial: Initial = None,
     length: ArrayLike | None = None,
 ) -> Disturbances:
@@ -148,43 +142,45 @@ def lgssm_disturbances(
     References:
         Koopman (1993), Biometrika 80(1); Durbin & Koopman (2012), Sec. 4.5.
     """
-    options = {"backend": backend, "form": form, "initial": initial, "length": length}
-    problem, stored = setup(params, emissions, inputs, **options)
-    posterior = lgssm_smoother(params, emissions, inputs, **options)
-    dynamics = _dynamics_disturbances(problem.model, form=stored, backend=backend, initial=initial)
-    first_mean = posterior.smoothed_means[0] - problem.model.initial_mean
-    means = dynamics[0].at[0].set(first_mean)
-    covs = dynamics[1].at[0].set(posterior.smoothed_covariances[0])
-    return Disturbances(means, covs, *_emission_disturbances(problem, posterior))
+    problem, stored = setup(
+        params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
+    )
+    options = {"form": stored, "backend": backend}
+    smoothed = infer_smoothed(problem.model, problem.finite, **options).smoothed
+    dynamics = _dynamics_disturbances(problem.model, **options)
+    first_mean, first_cov = smoothed.shown()
+    means = dynamics[0].at[0].set(first_mean[0] - problem.model.initial_mean)
+    covs = dynamics[1].at[0].set(first_cov[0])
+    return Disturbances(means, covs, *_emission_disturbances(problem, smoothed))
 
 
-@partial(jax.jit, static_argnames=("form", "backend", "initial"))
+@partial(jax.jit, static_argnames=("form", "backend"))
 def _dynamics_disturbances(
-    model: Model, *, form: Form, backend: Backend | None, initial: Initial
+    model: Model, *, form: Form, backend: Backend | None
 ) -> tuple[Array, Array]:
     def solve(model: Model) -> tuple[FilterOutput, Costates]:
-        model = uncorrelate(model)
         filtered = filter_moments(model, form, backend)
         return filtered, find_costates(model, filtered, backend)
 
+    model = uncorrelate(model)
     noise = jnp.broadcast_to(model.noise, (model.first.shape[0], *model.noise.shape[-2:]))
 
     def moments(q: Array, matrix: Array) -> tuple[Array, Array]:
         mean = jnp.einsum("tij,...tj->...ti", noise, q, precision="highest")
         return mean, noise - _product(_product(noise, matrix), noise)
 
-    if not isinstance(initial, ExactDiffuse):
+    if model.unknown is None:
         _, costates = solve(model)
         return moments(*costates)
-    filtered, costates = initial.run(solve, model)
-    effect, _ = estimate_diffuse(filtered)
+    filtered, costates = over_effects(solve, model)
+    effect, _ = estimate(model, filtered)
     mean, cov = moments(costates.vector, costates.matrix[0])
-    return integrate(mean, cov, effect.mean[-1], effect.cov[-1])
+    return combine_columns(mean, effect)[0], cov + spread(mean, effect)
 
 
 @jax.jit
 def _emission_disturbances(
-    problem: Problem, posterior: PosteriorGSSMSmoothed
+    problem: Problem, states: Moments
 ) -> tuple[Array, Array]:
     r"""Give the moments of $\epsilon_t$; a missing entry follows from the observed ones.
 
@@ -195,10 +191,8 @@ def _emission_disturbances(
     length = problem.emissions.shape[0]
     cov = jnp.broadcast_to(cov, (length, *cov.shape[-2:]))
     seen = ~jnp.isnan(problem.emissions)
-    fitted, spread = emission_moments(
-        problem, posterior.smoothed_means, posterior.smoothed_covariances
-    )
-    spread = spread - cov
+    fitted, within = emission_moments(problem, states)
+    within = within - cov
     residual = jnp.where(seen, problem.emissions - fitted, 0.0)
     both = seen[:, :, None] & seen[:, None, :]
     eye = jnp.eye(cov.shape[-1], dtype=cov.dtype)
@@ -212,12 +206,12 @@ def _emission_disturbances(
     carry = jnp.where(seen[:, None, :], carry, 0.0)
     carry = jnp.where(seen[:, :, None], eye, carry)
     mean = jnp.einsum("tij,tj->ti", carry, residual, precision="highest")
-    seen_spread = jnp.where(both, spread, 0.0)
+    seen_spread = jnp.where(both, within, 0.0)
     seen_cov = jnp.where(seen[:, None, :], cov, 0.0)
     own = cov - _product(carry, jnp.swapaxes(seen_cov, -1, -2))
     own = jnp.where(seen[:, :, None] | seen[:, None, :], 0.0, own)
-    spread = own + _product(_product(carry, seen_spread), jnp.swapaxes(carry, -1, -2))
+    within = own + _product(_product(carry, seen_spread), jnp.swapaxes(carry, -1, -2))
     # An entry without measurement error has none, not even a rounded one.
     noisy = jnp.diagonal(cov, axis1=-2, axis2=-1) != 0
-    spread = jnp.where(noisy[:, :, None] & noisy[:, None, :], spread, 0.0)
-    return jnp.where(noisy, mean, 0.0), spread
+    within = jnp.where(noisy[:, :, None] & noisy[:, None, :], within, 0.0)
+    return jnp.where(noisy, mean, 0.0), within

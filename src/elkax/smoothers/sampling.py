@@ -13,8 +13,7 @@ from elkax.gaussian.decorrelation import uncorrelate
 from elkax.gaussian.factor import psd_cholesky
 from elkax.scan import Backend, affine_scan
 from elkax.scan.lanes import from_lanes, matvec, to_lanes
-from elkax.smoothers.initial import ExactDiffuse, estimate_diffuse, integrate
-from elkax.smoothers.linear import Initial, filter_and_smooth, setup
+from elkax.smoothers.linear import Initial, filter_and_smooth, setup, smooth_effects
 from elkax.smoothers.prepare import Problem, check_backend, check_count, is_concrete, prepare
 
 Key = PRNGKeyArray | UInt32[Array, "2"]
@@ -94,7 +93,7 @@ def lgssm_posterior_sample(
     *,
     num_samples: int | None = None,
     backend: Backend | None = None,
-    form: str = "covariance",
+    form: str | None = None,
     initial: Initial = None,
     length: ArrayLike | None = None,
 ) -> Array:
@@ -138,7 +137,6 @@ def lgssm_posterior_sample(
         num_samples=num_samples,
         form=stored,
         backend=backend,
-        initial=initial,
     )
     if not (is_concrete(jitter) and jitter == 0):
         noise = jr.normal(jr.fold_in(key, 1), draws.shape, draws.dtype)
@@ -146,7 +144,7 @@ def lgssm_posterior_sample(
     return jnp.where(problem.finite, draws, jnp.nan)
 
 
-@partial(jax.jit, static_argnames=("num_samples", "form", "backend", "initial"))
+@partial(jax.jit, static_argnames=("num_samples", "form", "backend"))
 def draw_posterior(
     key: Key,
     model: Model,
@@ -154,7 +152,6 @@ def draw_posterior(
     num_samples: int | None,
     form: Form,
     backend: Backend | None,
-    initial: Initial = None,
 ) -> Array:
     """Draw from the posterior of a prepared model: (num_samples, T, D), or (T, D) if None."""
     model = uncorrelate(model)
@@ -170,17 +167,14 @@ def draw_posterior(
             initial_mean=jnp.zeros_like(model.initial_mean),
             offset=jnp.zeros_like(model.offset),
         )
-        return states + smoothed_mean(centred, form, backend, initial)
+        return states + smoothed_mean(centred, form, backend)
 
     draws = jax.vmap(correct)(jr.split(key, num_samples or 1))
     return draws[0] if num_samples is None else draws
 
 
-def smoothed_mean(model: Model, form: Form, backend: Backend | None, initial: Initial) -> Array:
-    """Return the smoothed means (T, D)."""
-    if not isinstance(initial, ExactDiffuse):
+def smoothed_mean(model: Model, form: Form, backend: Backend | None) -> Array:
+    """Return the smoothed means (T, D), NaN where the data do not determine a state."""
+    if model.unknown is None:
         return filter_and_smooth(model, form, backend).smoothed.mean
-    columns = initial.run(lambda m: filter_and_smooth(m, form, backend), model)
-    effect, _ = estimate_diffuse(columns.filtered)
-    given = columns.smoothed
-    return integrate(given.mean, given.cov[0], effect.mean[-1], effect.cov[-1])[0]
+    return smooth_effects(model, form, backend).filtered.shown()[0]

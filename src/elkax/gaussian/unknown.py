@@ -1,0 +1,96 @@
+r"""Directions of the state of which nothing is known.
+
+Beside its Gaussian part a state has $U\delta$ with effects $\delta$ that no finite variance
+describes. U is (D + d, d): below its D rows stand those of the rotation that the effects have
+gone through. A measurement that sees some of it, $f = U^\top h \ne 0$, determines one direction:
+U is rotated so that f has a single entry, and that column becomes zero. What rounding leaves where
+terms cancel is removed where it arises, so that zeros tell what is known.
+
+References:
+    Koopman (1997), JASA 92(440); here with $P_\infty = UU^\top$ in factors.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from elkax.scan import lanes
+from elkax.scan.lanes import dot, matvec, transpose
+
+# In units of rounding, how much of a sum of terms is taken for what rounding left of them.
+LEVEL = 16
+
+
+def start(rows: Array) -> Array:
+    """Put the identity below the D rows of U."""
+    return jnp.concatenate((rows, jnp.eye(rows.shape[1], dtype=rows.dtype)))
+
+
+def propagate(weights: Array, unknown: Array) -> Array:
+    """Multiply the rows of the states with F."""
+    size = weights.shape[0]
+    states, rotation = unknown[:size], unknown[size:]
+    moved = _clean(
+        lanes.matmul(weights, states), lanes.matmul(jnp.abs(weights), jnp.abs(states))
+    )
+    shape = jnp.broadcast_shapes(moved.shape[2:], rotation.shape[2:])
+    rotation = jnp.broadcast_to(rotation, (*rotation.shape[:2], *shape))
+    return jnp.concatenate((moved, rotation))
+
+
+def see(unknown: Array, row: Array) -> Array:
+    r"""Compute $f = U^\top h$."""
+    states = transpose(unknown[: row.shape[0]])
+    return _clean(matvec(states, row), matvec(jnp.abs(states), jnp.abs(row)))
+
+
+def determine(unknown: Array, seen: Array, where: Array) -> Array:
+    """Rotate U so that what was seen has one entry, and make that column zero.
+
+    Args:
+        unknown: $U$.
+        seen: $f$.
+        where: where to do so.
+    """
+    largest = jnp.argmax(jnp.abs(seen), axis=0)
+    index = jnp.arange(seen.shape[0]).reshape((-1,) + (1,) * (seen.ndim - 1))
+    one = (index == largest).astype(seen.dtype)
+    pivot = dot(one, seen)
+    square = dot(seen, seen)
+    length = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    v = seen + one * jnp.where(pivot < 0, -length, length)
+    square = dot(v, v)
+    weight = jnp.where(square > 0, 2.0 / jnp.where(square > 0, square, 1.0), 0.0)
+    along = matvec(unknown, v) * weight
+    rows = jnp.max(jnp.abs(unknown), axis=1)
+    rotated = _clean(unknown - lanes.outer(along, v), rows[:, None])
+    return jnp.where(where, rotated * (1.0 - one)[None], unknown)
+
+
+def _clean(value: Array, terms: Array) -> Array:
+    """Put zero where a sum is at the level of the rounding of its terms."""
+    level = LEVEL * jnp.finfo(value.dtype).eps * jax.lax.stop_gradient(terms)
+    return jnp.where(jnp.abs(value) <= level, 0.0, value)
+
+
+def log_rotation(unknown: Array, first: Array) -> Array:
+    r"""Compute what the log-likelihood lacks for effects in the units of the states.
+
+    $\sum_k\log s_k - \tfrac12\log|W^\top\mathrm{diag}(s^2)W|$ with the units s of the effects and
+    what is left of their rotation, W: the likelihood then has $\mathrm{pdet}$ of the information
+    about the effects themselves.
+
+    Args:
+        unknown: $U$ (D + d, d) at the end.
+        first: $U$ at the beginning, a multiple of a unit vector in each column.
+    """
+    size = len(first) - first.shape[1]
+    units = jnp.sqrt(jnp.sum(first[:size] ** 2, axis=0))
+    left = unknown[size:] * units[:, None]
+    gone = jnp.all(unknown[size:] == 0, axis=0)
+    within = jnp.matmul(left.T, left, precision="highest")
+    largest = jnp.max(jnp.diagonal(within))
+    largest = jnp.where(largest > 0, largest, 1.0)
+    pivots = jnp.diagonal(jnp.linalg.cholesky(within / largest + jnp.diag(gone * 1.0)))
+    rest = jnp.sum(jnp.log(pivots)) + 0.5 * jnp.sum(~gone) * jnp.log(largest)
+    return jnp.sum(jnp.log(units)) - rest
