@@ -26,45 +26,48 @@ def test_predict(form, rank):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("rank", [0, 1, 3])
-def test_reverse(form, rank):
-    """The step turned around, for regular and singular noise, in lanes as everywhere else."""
-    weights = np.random.default_rng(5).normal(size=(3, 3))
-    p, q = semidefinite(3, 3, 0), semidefinite(3, rank, 1)
-    lanes = (jnp.stack([m, 2 * m], -1) for m in (p, q))
-    stored = [form.encode(m) for m in lanes]
-    gain, rest, regular = jax.jit(form.reverse)(jnp.asarray(weights), *stored)
-    assert np.all(regular)
-    expected = p @ weights.T @ np.linalg.inv(weights @ p @ weights.T + q)
-    conditional = p - expected @ weights @ p
-    for lane in (0, 1):
-        np.testing.assert_allclose(gain[..., lane], expected, rtol=1e-9, atol=1e-11)
-        cov = form.decode(rest)[..., lane]
-        np.testing.assert_allclose(cov, (1 + lane) * conditional, atol=1e-11)
-    singular = [form.encode(jnp.zeros((3, 3, 1)))] * 2
-    assert not np.any(jax.jit(form.reverse)(jnp.asarray(weights), *singular)[2])
-
-
-@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("size", [1, 4, 9])
 @pytest.mark.parametrize("variance", [0.0, 0.3])
 def test_update_with_one_scalar(form, size, variance):
     p = semidefinite(size, size, 0)
     row = jnp.asarray(np.random.default_rng(7).normal(size=size))
-    stored = form.encode(p)
-    projection, s = form.project(stored, row, jnp.asarray(variance))
-    gain, conditional = form.update(stored, projection, jnp.asarray(variance), s, jnp.asarray(True))
+    stored, r = form.encode(p), jnp.asarray(variance)
+    projection, s = form.project(stored, row, r)
+    gain = form.gain(stored, projection) / s
     ph = p @ row
     expected_s = row @ ph + variance
     np.testing.assert_allclose(s, expected_s, rtol=1e-12)
     np.testing.assert_allclose(gain, ph / expected_s, rtol=1e-9, atol=1e-12)
     expected = p - np.outer(ph, ph) / expected_s
+    conditional = form.update(stored, row, projection, r, s, gain)
     np.testing.assert_allclose(form.decode(conditional), expected, atol=1e-10)
-    gain, same = form.update(
-        stored, projection, jnp.asarray(variance), jnp.asarray(1.0), jnp.asarray(False)
+    np.testing.assert_allclose(
+        form.decode(form.correct(stored, row, r, gain)), expected, atol=1e-10
     )
-    assert np.all(gain == 0)
+    none = jnp.zeros(size)
+    same = form.update(stored, row, none, r, jnp.asarray(1.0), none)
     np.testing.assert_allclose(form.decode(same), p, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(form.variances(stored), np.diagonal(p), rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("variance", [0.0, 0.3])
+def test_correction_by_any_gain(form, variance):
+    p, rng = semidefinite(3, 2, 0), np.random.default_rng(8)
+    row, gain = (jnp.asarray(rng.normal(size=3)) for _ in range(2))
+    got = form.decode(form.correct(form.encode(p), row, jnp.asarray(variance), gain))
+    kept = np.eye(3) - np.outer(gain, row)
+    expected = kept @ p @ kept.T + variance * np.outer(gain, gain)
+    np.testing.assert_allclose(got, expected, atol=1e-12)
+
+
+def test_covariance_form_keeps_digits_where_a_variance_falls():
+    # A variance of 1e10 measured with one of 1: of an update by a difference nothing is left.
+    p, row, r = 1e10 * jnp.eye(2, dtype=jnp.float32), jnp.array([1.0, 0.0], jnp.float32), 1.0
+    form, variance = Covariance(), jnp.float32(r)
+    projection, s = form.project(p, row, variance)
+    got = form.update(p, row, projection, variance, s, projection / s)
+    np.testing.assert_allclose(got, [[1.0, 0.0], [0.0, 1e10]], rtol=1e-4)
 
 
 def test_square_root_form_keeps_what_rounding_leaves_out():
@@ -75,7 +78,7 @@ def test_square_root_form_keeps_what_rounding_leaves_out():
     def step(stored, _):
         stored = form.predict(jnp.ones((1, 1), jnp.float32), stored, noise)
         projection, s = form.project(stored, row, r)
-        return form.update(stored, projection, r, s, jnp.asarray(True))[1], None
+        return form.update(stored, row, projection, r, s, form.gain(stored, projection) / s), None
 
     start = form.exact(form.encode(jnp.ones((1, 1), jnp.float32)))
     stored = jax.lax.scan(step, start, None, length=1000)[0]
@@ -106,10 +109,11 @@ def test_square_root_form_in_float32(size):
     predicted = np.asarray(f @ p @ f.T + q)
     got = both(form.predict(weights, carried, noise))
     np.testing.assert_allclose(got - factor, np.linalg.cholesky(predicted) - factor, atol=3e-9)
-    gain, rest, _ = form.reverse(weights, factor, noise)
-    exact = p @ f.T @ np.linalg.inv(predicted)
-    np.testing.assert_allclose(both(gain), exact, atol=3e-8 * (size == 2) + 3e-8)
-    np.testing.assert_allclose(form.decode(rest), p - exact @ f @ p, atol=1e-6)
+    k, row = short(0.1 * rng.normal(size=size)), short(rng.normal(size=size))
+    corrected = both(form.correct(carried, row, jnp.float32(0.3), k))
+    kept = np.eye(size) - np.outer(np.asarray(k, float), np.asarray(row, float))
+    exact = kept @ p @ kept.T + np.float32(0.3) * np.outer(np.asarray(k, float), np.asarray(k, float))
+    np.testing.assert_allclose(corrected @ corrected.T, exact, atol=1e-7 * size)
     conditional = both(form.condition(carried, zs))
     expected = np.linalg.solve(np.eye(size) + p @ j, p)
     np.testing.assert_allclose(conditional @ conditional.T, expected, atol=1e-9 * size)
@@ -120,7 +124,7 @@ def test_square_root_update_keeps_the_digits_that_covariances_lose():
     p, row, r = jnp.ones((1, 1), jnp.float32), jnp.ones(1, jnp.float32), jnp.float32(1e-10)
     form = SquareRoot()
     projection, s = form.project(p, row, r)
-    _, conditional = form.update(p, projection, r, s, jnp.asarray(True))
+    conditional = form.update(p, row, projection, r, s, form.gain(p, projection) / s)
     np.testing.assert_allclose(form.decode(conditional), [[1e-10]], rtol=1e-6)
 
 

@@ -141,7 +141,8 @@ def shrink_columns(
         Carlson (1973), AIAA Journal 11(9); here for a lower factor.
     """
     f = projection
-    later = lanes.add(_sum_later(f * f), variance[None])  # sigma_j
+    later, variance = lanes.align(_sum_later(f * f), 1, variance, 0)
+    later = later + variance  # sigma_j
     from_here = later + f * f  # sigma_{j-1}
     stored, f = lanes.align(stored, 2, f, 1)
     later, from_here = (lanes.align(stored, 2, each, 1)[1] for each in (later, from_here))
