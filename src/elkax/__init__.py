@@ -103,6 +103,7 @@ from elkax.smoothers import (  # noqa: E402
     unscented_kalman_filter,
     unscented_kalman_smoother,
 )
+from elkax.smoothers.diffuse_initial import DiffuseInitial  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -116,6 +117,7 @@ __all__ = [
     "ConstantDamping",
     "Cubature",
     "Diagonal",
+    "DiffuseInitial",
     "DistributionSSM",
     "Disturbances",
     "ExactDiffuse",
