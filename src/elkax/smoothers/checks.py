@@ -33,7 +33,7 @@ def real_array(name: str, value: Any) -> Array:
     try:
         if not isinstance(value, jax.Array) and hasattr(value, "__array__"):
             value = np.asarray(value)
-            if value.dtype.kind in "iu" and value.dtype != jnp.result_type(value.dtype):
+            if value.dtype.kind in "iu" and value.dtype.itemsize > jnp.result_type(int).itemsize:
                 # Cut to 32 bits, a large integer would become another one.
                 value = value.astype(float)
         array = jnp.asarray(value)
