@@ -63,6 +63,7 @@ from elkax.recurrences import (  # noqa: E402
 )
 from elkax.scan import Associative, Blocked, Sequential, affine_scan  # noqa: E402
 from elkax.smoothers import (  # noqa: E402
+    DiffuseInitial,
     Disturbances,
     ExactDiffuse,
     Forecast,
@@ -116,6 +117,7 @@ __all__ = [
     "ConstantDamping",
     "Cubature",
     "Diagonal",
+    "DiffuseInitial",
     "DistributionSSM",
     "Disturbances",
     "ExactDiffuse",

@@ -118,9 +118,8 @@ def _build(log_variances: Float[Array, "2"]) -> ParamsLGSSM:
 def _fit(values: np.ndarray) -> _Fit:
     """Maximise the exact diffuse log-likelihood."""
     emissions = jnp.asarray(values)[:, None]
-    initial = elkax.ExactDiffuse()
     start = jnp.log(jnp.full(2, np.var(values) / 2))
-    fit = elkax.maximum_likelihood(_build, start, emissions, initial=initial)
+    fit = elkax.maximum_likelihood(_build, start, emissions)
     ending = "converged" if fit.converged else "NOT converged"
     book = _build(jnp.log(_BOOK_VARIANCES))
     return _Fit(
@@ -128,7 +127,7 @@ def _fit(values: np.ndarray) -> _Fit:
         variances=np.exp(fit.estimate),
         standard_errors=np.asarray(elkax.transform_errors(jnp.exp, fit.estimate, fit.covariance)),
         log_likelihood=float(fit.log_likelihood),
-        book_log_likelihood=float(elkax.lgssm_marginal_log_prob(book, emissions, initial=initial)),
+        book_log_likelihood=float(elkax.lgssm_marginal_log_prob(book, emissions)),
         ending=f"{ending} in {fit.iterations} iterations",
     )
 
@@ -138,12 +137,11 @@ def _analyse(
 ) -> _Analysis:
     """Smooth the level and forecast the values, in bands that hold the given probability."""
     emissions = jnp.asarray(values)[:, None]
-    initial = elkax.ExactDiffuse()
-    posterior = elkax.lgssm_smoother(fit.params, emissions, initial=initial)
+    posterior = elkax.lgssm_smoother(fit.params, emissions)
     means = np.asarray(posterior.smoothed_means)[:, 0]
     variances = np.asarray(posterior.smoothed_covariances)[:, 0, 0]
     emission_variance = fit.variances[0]
-    forecast = elkax.lgssm_forecast(fit.params, emissions, horizon, initial=initial)
+    forecast = elkax.lgssm_forecast(fit.params, emissions, horizon)
     lower, upper = (np.asarray(limit)[:, 0] for limit in forecast.interval(probability))
     later = times[-1] + np.arange(1, horizon + 1)
     return _Analysis(

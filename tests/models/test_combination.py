@@ -41,7 +41,7 @@ SUMS = {
         None,
     ),
     "with regression": (
-        [local_level(0.2, 0.5), regression(RNG.standard_normal((T, 2)), 0.1, 0.2, 3.0)],
+        [local_level(0.2, 0.5, 0.0, 9.0), regression(RNG.standard_normal((T, 2)), 0.1, 0.2, 3.0)],
         None,
     ),
     "two emissions, all varying, inputs in one": (

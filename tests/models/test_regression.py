@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 import statsmodels.api as sm
 
@@ -26,6 +27,13 @@ def test_constant_coefficients_with_a_flat_prior_are_ordinary_least_squares():
         np.testing.assert_allclose(
             posterior.smoothed_covariances[t], variance * normalized, rtol=1e-10, atol=1e-13
         )
+
+
+def test_covariates_as_pandas_and_as_integers(unchecked):
+    frame = pd.DataFrame({"one": np.ones(T, int), "year": 1900 + np.arange(T)})
+    params = regression(frame, emission_variance=1.0)
+    np.testing.assert_array_equal(params.emissions.weights[:, 0], frame)
+    assert params.emissions.weights.dtype == jnp.float64
 
 
 def test_a_proper_prior_gives_the_bayesian_linear_regression_likelihood():
@@ -88,6 +96,10 @@ def test_differentiable_in_the_coefficient_variances_under_jit():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda: regression(np.where(np.eye(T, K, k=-3), np.nan, COVARIATES)),
+            "covariates must be finite, got nan at time index 3, column 0",
+        ),
         (lambda: regression(np.ones(T)), r"covariates must be of shape \(T, K\)"),
         (lambda: regression(np.ones((T, 0))), r"covariates must be of shape \(T, K\)"),
         (lambda: regression(COVARIATES, -1.0), "coefficient_variance must not be negative"),

@@ -159,7 +159,7 @@ def test_dtype_follows_the_variances(build):
         (lambda: local_level(jnp.ones(2), 1.0), r"level_variance must be a scalar, got shape \(2,"),
         (lambda: local_linear_trend(1.0, -1.0, 1.0), "slope_variance must not be negative"),
         (
-            lambda: local_linear_trend(1.0, 1.0, 1.0, initial_mean=jnp.ones(3)),
+            lambda: local_linear_trend(1.0, 1.0, 1.0, jnp.ones(3), 1.0),
             r"initial_mean must be a scalar or of shape \(2,\), got shape \(3,\)",
         ),
         (lambda: seasonal(1, 1.0), "period must be an integer of at least 2, got 1"),

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from dynamax.linear_gaussian_ssm import ParamsLGSSM
+from dynamax.linear_gaussian_ssm.inference import ParamsLGSSMInitial
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -65,8 +66,10 @@ def arma(
     cov = variances("variance", variance, dtype) * jnp.outer(loading, loading)
     initial_cov = _stationary_covariance(weights, cov)
     return component(
-        initial_mean=jnp.zeros(size, dtype),
-        initial_cov=jnp.where(is_stationary(phi), initial_cov, jnp.nan),
+        initial=ParamsLGSSMInitial(
+            mean=jnp.zeros(size, dtype),
+            cov=jnp.where(is_stationary(phi), initial_cov, jnp.nan),
+        ),
         weights=weights,
         cov=cov,
         emission_weights=np.eye(1, size),

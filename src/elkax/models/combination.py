@@ -11,6 +11,9 @@ from dynamax.linear_gaussian_ssm.inference import (
 )
 from jaxtyping import Array, Shaped
 
+from elkax.smoothers.diffuse_initial import DiffuseInitial
+from elkax.smoothers.prepare import diffuse_mask
+
 
 def combine(*components: ParamsLGSSM) -> ParamsLGSSM:
     r"""Add up independent components, for instance trend + seasonal + regression.
@@ -18,7 +21,8 @@ def combine(*components: ParamsLGSSM) -> ParamsLGSSM:
     With components $y^{(i)}_t = H_i z^{(i)}_t + D_i u_t + d_i + \varepsilon^{(i)}_t$ of the same
     number N of emissions, the sum $y_t = \sum_i y^{(i)}_t$ has the stacked state
     $(z^{(1)}_t, z^{(2)}_t, \dots)$, block-diagonal $F$, $Q$ and $P_0$, emission weights
-    $[H_1, H_2, \dots]$, stacked $b$ and $B$, and summed $d$, $D$ and $R$.
+    $[H_1, H_2, \dots]$, stacked $b$ and $B$, and summed $d$, $D$ and $R$. States that start exactly
+    diffuse in a component do so in the sum.
 
     Args:
         components: parameters as arrays, constant or with leading axis T; those of one field are
@@ -43,14 +47,16 @@ def combine(*components: ParamsLGSSM) -> ParamsLGSSM:
     parts = [_written_out(each, input_dim or 0) for each in components]
     _common("emission dimension N", {part.emission_weights.shape[-2] for part in parts})
     _common("number of time steps T", {length for part in parts for length in _lengths(part)})
+    masks = [diffuse_mask(each.initial) for each in components]
     columns = _Arrays(
         *(_aligned(list(x), rank) for x, rank in zip(zip(*parts, strict=True), RANKS, strict=True))
     )
+    initial = ParamsLGSSMInitial(
+        mean=jnp.concatenate(columns.initial_mean), cov=_block_diagonal(columns.initial_cov)
+    )
+    diffuse = sum(masks, ())
     return ParamsLGSSM(
-        initial=ParamsLGSSMInitial(
-            mean=jnp.concatenate(columns.initial_mean),
-            cov=_block_diagonal(columns.initial_cov),
-        ),
+        initial=DiffuseInitial.of(*initial, diffuse) if any(diffuse) else initial,
         dynamics=ParamsLGSSMDynamics(
             weights=_block_diagonal(columns.weights),
             bias=jnp.concatenate(columns.bias, axis=-1),

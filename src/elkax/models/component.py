@@ -15,6 +15,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from elkax.smoothers.diffuse_initial import DiffuseInitial
+
 Numbers = ArrayLike | Sequence[ArrayLike]
 
 
@@ -57,9 +59,43 @@ def variances(
     return array
 
 
-def means(name: str, value: Numbers | None, dtype: jnp.dtype, size: int) -> Float[Array, " D"]:
-    """Check an initial mean: None for zero, one number for all states, or shape (size,)."""
-    return _filled(name, 0.0 if value is None else value, dtype, size)
+def initial_state(
+    mean: Numbers | None, variance: Numbers | None, dtype: jnp.dtype, size: int
+) -> ParamsLGSSMInitial:
+    """Make the record of an initial state.
+
+    Args:
+        mean: None for zero, one number for all states, or (size,).
+        variance: None if all states start exactly diffuse, one number for all, or (size,); those
+            known to be infinite belong to diffuse states.
+        dtype: of the arrays.
+        size: D.
+
+    Returns:
+        dynamax's record, or a `DiffuseInitial` if a state is diffuse.
+
+    Raises:
+        ValueError: on another shape, a variance known to be negative, or a mean where all states
+            are diffuse.
+    """
+    known = variances("initial_variance", 0.0 if variance is None else variance, dtype, size)
+    diffuse = np.full(size, True) if variance is None else _infinite(variance, size)
+    if mean is not None and diffuse.all():
+        raise ValueError(
+            "initial_mean has no effect on a start that is exactly diffuse: give a finite "
+            f"initial_variance too, or leave initial_mean out, got {mean}"
+        )
+    center = _filled("initial_mean", 0.0 if mean is None else mean, dtype, size)
+    if diffuse.any():
+        return DiffuseInitial.of(center, jnp.diag(known), diffuse)
+    return ParamsLGSSMInitial(mean=center, cov=jnp.diag(known))
+
+
+def _infinite(value: Numbers, size: int) -> np.ndarray:
+    """Tell which variances are known to be infinite, also those in a list with traced ones."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    known = [not isinstance(part, Tracer) and np.isposinf(np.asarray(part)) for part in parts]
+    return np.broadcast_to(np.ravel(known), size)
 
 
 def _filled(name: str, value: Numbers, dtype: jnp.dtype, size: int | None) -> Array:
@@ -72,8 +108,7 @@ def _filled(name: str, value: Numbers, dtype: jnp.dtype, size: int | None) -> Ar
 
 def component(
     *,
-    initial_mean: Float[Array, " D"],
-    initial_cov: Float[Array, "D D"],
+    initial: ParamsLGSSMInitial,
     weights: ArrayLike,
     cov: Float[Array, "D D"],
     emission_weights: ArrayLike,
@@ -83,7 +118,7 @@ def component(
     """Put the pieces of a univariate component without inputs into dynamax's parameters."""
     dtype, size = cov.dtype, cov.shape[0]
     return ParamsLGSSM(
-        initial=ParamsLGSSMInitial(mean=initial_mean, cov=initial_cov),
+        initial=initial,
         dynamics=ParamsLGSSMDynamics(
             weights=jnp.asarray(weights, dtype),
             bias=jnp.zeros(size, dtype),

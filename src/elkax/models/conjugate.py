@@ -7,6 +7,7 @@ from dynamax.linear_gaussian_ssm import ParamsLGSSM
 
 from elkax.models.linear_gaussian import LinearGaussianSSM
 from elkax.scan import Backend
+from elkax.smoothers.linear import Initial
 
 
 class LinearGaussianConjugateSSM(LinearGaussianSSM, dynamax_models.LinearGaussianConjugateSSM):
@@ -23,7 +24,8 @@ class LinearGaussianConjugateSSM(LinearGaussianSSM, dynamax_models.LinearGaussia
         has_dynamics_bias: whether there is $b$.
         has_emissions_bias: whether there is $d$.
         backend: how sequences are run; chosen from T and D if None.
-        form: "covariance" or "square_root", how covariances are stored while filtering.
+        form: as `LinearGaussianSSM`.
+        initial: `Stationary()` or `ExactDiffuse()` in place of the initial distribution.
         priors: dynamax's `initial_prior` (normal-inverse-Wishart), `dynamics_prior` and
             `emission_prior` (matrix-normal-inverse-Wishart).
     """
@@ -37,7 +39,8 @@ class LinearGaussianConjugateSSM(LinearGaussianSSM, dynamax_models.LinearGaussia
         has_emissions_bias: bool = True,
         *,
         backend: Backend | None = None,
-        form: str = "covariance",
+        form: str | None = None,
+        initial: Initial = None,
         **priors: Any,
     ) -> None:
         """Set dimensions, strategy and priors; see the class."""
@@ -52,6 +55,7 @@ class LinearGaussianConjugateSSM(LinearGaussianSSM, dynamax_models.LinearGaussia
         )
         self.backend = backend
         self.form = form
+        self.initial = initial
 
     def m_step(
         self,

@@ -29,6 +29,8 @@ from elkax.smoothers import (
     lgssm_posterior_sample,
     lgssm_smoother,
 )
+from elkax.smoothers.linear import Initial
+from elkax.smoothers.forecasting import smoothed_emissions
 from elkax.smoothers.prepare import prepare
 
 
@@ -40,8 +42,10 @@ class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
 
     This is dynamax's class of the same name: `initialize`, `fit_em`, `fit_sgd`, priors, parameter
     properties and the distributions are inherited. Inference runs in parallel over time, takes
-    NaN as missing, and singular covariances. Emissions are (T, N) and inputs (T, U); index t of the
-    inputs enters the step into $z_t$ and the emission at t, index 0 only the emission.
+    NaN as missing, and singular covariances. Emissions are (T, N), or (T,) where N = 1, and inputs
+    (T, U); index t of the inputs enters the step into $z_t$ and the emission at t, index 0 only the
+    emission. Methods with a `length` take only so many of the time steps for data: what follows is
+    padding, for ragged batches under `vmap`.
 
     Args:
         state_dim: D.
@@ -50,7 +54,10 @@ class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
         has_dynamics_bias: whether there is $b$.
         has_emissions_bias: whether there is $d$.
         backend: how sequences are run; chosen from T and D if None.
-        form: "covariance" or "square_root", how covariances are stored while filtering.
+        form: "covariance" or "square_root", how covariances are stored; if None, square roots in
+            types of few digits, such as float32.
+        initial: `Stationary()` or `ExactDiffuse()` in place of the initial distribution of the
+            parameters. Those with a `DiffuseInitial` start as it says without it.
     """
 
     def __init__(
@@ -62,16 +69,18 @@ class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
         has_emissions_bias: bool = True,
         *,
         backend: Backend | None = None,
-        form: str = "covariance",
+        form: str | None = None,
+        initial: Initial = None,
     ) -> None:
         """Set the dimensions and the strategy; see the class."""
         super().__init__(state_dim, emission_dim, input_dim, has_dynamics_bias, has_emissions_bias)
         self.backend = backend
         self.form = form
+        self.initial = initial
 
     @property
     def _strategy(self) -> dict[str, Any]:
-        return {"backend": self.backend, "form": self.form}
+        return {"backend": self.backend, "form": self.form, "initial": self.initial}
 
     def sample(
         self,
@@ -81,54 +90,71 @@ class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
         inputs: Num[ArrayLike, "T U"] | None = None,
     ) -> tuple[Float[Array, "T D"], Float[Array, "T N"]]:
         """Draw states (T, D) and emissions (T, N) from the model."""
-        return lgssm_joint_sample(params, key, num_timesteps, inputs, backend=self.backend)
+        return lgssm_joint_sample(
+            params, key, num_timesteps, inputs, backend=self.backend, initial=self.initial
+        )
 
     def marginal_log_prob(
         self,
         params: ParamsLGSSM,
-        emissions: Num[ArrayLike, "T N"],
+        emissions: ArrayLike,
         inputs: Num[ArrayLike, "T U"] | None = None,
+        *,
+        length: ArrayLike | None = None,
     ) -> Float[Array, ""]:
         """Compute the log-likelihood of the entries that are not missing, in nats."""
-        return lgssm_marginal_log_prob(params, emissions, inputs, **self._strategy)
+        return lgssm_marginal_log_prob(params, emissions, inputs, length=length, **self._strategy)
 
     def filter(
         self,
         params: ParamsLGSSM,
-        emissions: Num[ArrayLike, "T N"],
+        emissions: ArrayLike,
         inputs: Num[ArrayLike, "T U"] | None = None,
+        *,
+        length: ArrayLike | None = None,
     ) -> PosteriorGSSMFiltered:
         """Compute the moments of each state given the emissions up to its time."""
-        return lgssm_filter(params, emissions, inputs, **self._strategy)
+        return lgssm_filter(params, emissions, inputs, length=length, **self._strategy)
 
     def smoother(
         self,
         params: ParamsLGSSM,
-        emissions: Num[ArrayLike, "T N"],
+        emissions: ArrayLike,
         inputs: Num[ArrayLike, "T U"] | None = None,
+        *,
+        length: ArrayLike | None = None,
     ) -> PosteriorGSSMSmoothed:
         """Compute the moments of each state given all emissions."""
-        return lgssm_smoother(params, emissions, inputs, **self._strategy)
+        return lgssm_smoother(params, emissions, inputs, length=length, **self._strategy)
 
     def posterior_sample(
         self,
         key: Array,
         params: ParamsLGSSM,
-        emissions: Num[ArrayLike, "T N"],
+        emissions: ArrayLike,
         inputs: Num[ArrayLike, "T U"] | None = None,
         *,
         num_samples: int | None = None,
+        length: ArrayLike | None = None,
     ) -> Float[Array, "... T D"]:
         """Draw state paths given all emissions: (T, D), or (num_samples, T, D) if that is given."""
         return lgssm_posterior_sample(
-            key, params, emissions, inputs, num_samples=num_samples, **self._strategy
+            key,
+            params,
+            emissions,
+            inputs,
+            num_samples=num_samples,
+            length=length,
+            **self._strategy,
         )
 
     def posterior_predictive(
         self,
         params: ParamsLGSSM,
-        emissions: Num[ArrayLike, "T N"],
+        emissions: ArrayLike,
         inputs: Num[ArrayLike, "T U"] | None = None,
+        *,
+        length: ArrayLike | None = None,
     ) -> tuple[Float[Array, "T N"], Float[Array, "T N"]]:
         r"""Compute mean and standard deviation of a fresh emission at each time, given all data.
 
@@ -140,21 +166,20 @@ class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
         Returns:
             Means and standard deviations, (T, N) each.
         """
-        posterior = self.smoother(params, emissions, inputs)
-        problem = prepare(params, emissions, inputs)
-        H, R = problem.weights, problem.cov
-        noise = R if problem.diagonal else jnp.diagonal(R, axis1=-2, axis2=-1)
-        means = jnp.einsum("...nd,...d->...n", H, posterior.smoothed_means, precision="highest")
-        carried = jnp.matmul(H, posterior.smoothed_covariances, precision="highest")
-        return means + problem.offset, jnp.sqrt(jnp.sum(carried * H, -1) + noise)
+        means, covs = smoothed_emissions(
+            params, emissions, inputs, length=length, **self._strategy
+        )
+        return means, jnp.sqrt(jnp.diagonal(covs, axis1=-2, axis2=-1))
 
     def forecast(
         self,
         params: ParamsLGSSM,
-        emissions: Num[ArrayLike, "T N"],
+        emissions: ArrayLike,
         num_forecast_timesteps: int,
         inputs: Num[ArrayLike, "T U"] | None = None,
         forecast_inputs: Num[ArrayLike, "h U"] | None = None,
+        *,
+        length: ArrayLike | None = None,
     ) -> Forecast:
         """Compute the moments of future states and emissions; see `lgssm_forecast`.
 
@@ -163,7 +188,13 @@ class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
             (h, N, N), in this order; time-varying parameters need T + h rows.
         """
         return lgssm_forecast(
-            params, emissions, num_forecast_timesteps, inputs, forecast_inputs, **self._strategy
+            params,
+            emissions,
+            num_forecast_timesteps,
+            inputs,
+            forecast_inputs,
+            length=length,
+            **self._strategy,
         )
 
     def e_step(

@@ -62,7 +62,7 @@ def maximum_likelihood(
     *,
     initial: Stationary | ExactDiffuse | None = None,
     backend: Backend | None = None,
-    form: str = "covariance",
+    form: str | None = None,
     max_iters: int = 200,
     tolerance: float | None = None,
     verbose: bool = False,

@@ -3,6 +3,9 @@
 Every function returns dynamax's `ParamsLGSSM` for one univariate component; `combine` adds
 components up. All of them are differentiable in their variances and work under `jit`. Errors are
 raised for values that are known when the function is called; a traced variance is not looked at.
+
+Unless `initial_variance` is given the first state is exactly diffuse: nothing is known of it, in
+whatever units. Its record is then a `DiffuseInitial`, which every function of elkax takes.
 """
 
 import jax.numpy as jnp
@@ -10,14 +13,14 @@ import numpy as np
 from dynamax.linear_gaussian_ssm import ParamsLGSSM
 from jax.typing import ArrayLike
 
-from elkax.models.component import Numbers, component, floating_dtype, means, variances
+from elkax.models.component import Numbers, component, floating_dtype, initial_state, variances
 
 
 def local_level(
     level_variance: ArrayLike,
     emission_variance: ArrayLike,
-    initial_mean: ArrayLike = 0.0,
-    initial_variance: Numbers = 1e7,
+    initial_mean: ArrayLike | None = None,
+    initial_variance: Numbers | None = None,
 ) -> ParamsLGSSM:
     r"""Build a random walk observed with noise.
 
@@ -27,22 +30,22 @@ def local_level(
     Args:
         level_variance: $\sigma^2_\eta$, scalar, in squared units of y.
         emission_variance: $\sigma^2_\varepsilon$, scalar.
-        initial_mean: mean of $\mu_1$, scalar.
-        initial_variance: variance of $\mu_1$, scalar.
+        initial_mean: mean of $\mu_1$, scalar; zero if None. Only with `initial_variance`.
+        initial_variance: variance of $\mu_1$, scalar; exactly diffuse if None or infinite.
 
     Returns:
         Parameters with one state, $\mu_t$.
 
     Raises:
-        ValueError: if an argument is no scalar, or a variance is known to be negative.
+        ValueError: if an argument is no scalar, a variance is known to be negative, or a mean is
+            given for a diffuse start.
 
     References:
         Durbin & Koopman (2012), "Time Series Analysis by State Space Methods", Ch. 2.
     """
     dtype = floating_dtype(level_variance, emission_variance, initial_mean, initial_variance)
     return component(
-        initial_mean=means("initial_mean", initial_mean, dtype, 1),
-        initial_cov=jnp.diag(variances("initial_variance", initial_variance, dtype, 1)),
+        initial=initial_state(initial_mean, initial_variance, dtype, 1),
         weights=np.eye(1),
         cov=variances("level_variance", level_variance, dtype)[None, None],
         emission_weights=np.ones((1, 1)),
@@ -55,7 +58,7 @@ def local_linear_trend(
     slope_variance: ArrayLike,
     emission_variance: ArrayLike,
     initial_mean: Numbers | None = None,
-    initial_variance: Numbers = 1e7,
+    initial_variance: Numbers | None = None,
 ) -> ParamsLGSSM:
     r"""Build a level that moves by a slope, which is itself a random walk.
 
@@ -70,14 +73,17 @@ def local_linear_trend(
         level_variance: $\sigma^2_\eta$, scalar.
         slope_variance: $\sigma^2_\zeta$, scalar, slope in units of y per time step.
         emission_variance: $\sigma^2_\varepsilon$, scalar.
-        initial_mean: mean of $(\mu_1, \nu_1)$: None for zero, a scalar for both, or (2,).
-        initial_variance: variances of $(\mu_1, \nu_1)$, scalar or (2,).
+        initial_mean: mean of $(\mu_1, \nu_1)$: None for zero, a scalar for both, or (2,). Only
+            with `initial_variance`.
+        initial_variance: variances of $(\mu_1, \nu_1)$, scalar or (2,); exactly diffuse if None,
+            and where infinite.
 
     Returns:
         Parameters with two states, $(\mu_t, \nu_t)$.
 
     Raises:
-        ValueError: on wrong shapes, or a variance known to be negative.
+        ValueError: on wrong shapes, a variance known to be negative, or a mean given for a diffuse
+            start.
 
     References:
         Durbin & Koopman (2012), Sec. 3.2.1; Harvey (1989), "Forecasting, Structural Time Series
@@ -91,8 +97,7 @@ def local_linear_trend(
         variances("slope_variance", slope_variance, dtype),
     ]
     return component(
-        initial_mean=means("initial_mean", initial_mean, dtype, 2),
-        initial_cov=jnp.diag(variances("initial_variance", initial_variance, dtype, 2)),
+        initial=initial_state(initial_mean, initial_variance, dtype, 2),
         weights=np.array([[1.0, 1.0], [0.0, 1.0]]),
         cov=jnp.diag(jnp.stack(steps)),
         emission_weights=np.array([[1.0, 0.0]]),
@@ -105,7 +110,7 @@ def seasonal(
     variance: ArrayLike,
     emission_variance: ArrayLike = 0.0,
     initial_mean: Numbers | None = None,
-    initial_variance: Numbers = 1e7,
+    initial_variance: Numbers | None = None,
 ) -> ParamsLGSSM:
     r"""Build a seasonal pattern in dummy form: s effects that sum to zero up to noise.
 
@@ -116,15 +121,17 @@ def seasonal(
         period: s, time steps per cycle, at least 2.
         variance: $\sigma^2_\omega$, scalar; zero keeps the pattern fixed.
         emission_variance: $\sigma^2_\varepsilon$, scalar.
-        initial_mean: mean of the first state: None for zero, a scalar, or (s - 1,).
-        initial_variance: variances of the first state, scalar or (s - 1,).
+        initial_mean: mean of the first state: None for zero, a scalar, or (s - 1,). Only with
+            `initial_variance`.
+        initial_variance: variances of the first state, scalar or (s - 1,); exactly diffuse if
+            None, and where infinite.
 
     Returns:
         Parameters with s - 1 states, $(\gamma_t, \gamma_{t-1}, \dots, \gamma_{t-s+2})$.
 
     Raises:
-        ValueError: if the period is no integer of at least 2, on wrong shapes, or a variance known
-            to be negative.
+        ValueError: if the period is no integer of at least 2, on wrong shapes, a variance known to
+            be negative, or a mean given for a diffuse start.
 
     References:
         Durbin & Koopman (2012), Sec. 3.2.2; Harvey (1989), Sec. 2.3.4.
@@ -134,8 +141,7 @@ def seasonal(
     weights = np.eye(size, k=-1)
     weights[0] = -1.0
     return component(
-        initial_mean=means("initial_mean", initial_mean, dtype, size),
-        initial_cov=jnp.diag(variances("initial_variance", initial_variance, dtype, size)),
+        initial=initial_state(initial_mean, initial_variance, dtype, size),
         weights=weights,
         cov=jnp.zeros((size, size), dtype).at[0, 0].set(variances("variance", variance, dtype)),
         emission_weights=np.eye(1, size),
@@ -148,7 +154,7 @@ def trigonometric_seasonal(
     variance: ArrayLike,
     emission_variance: ArrayLike = 0.0,
     initial_mean: Numbers | None = None,
-    initial_variance: Numbers = 1e7,
+    initial_variance: Numbers | None = None,
     *,
     harmonics: int | None = None,
 ) -> ParamsLGSSM:
@@ -167,8 +173,10 @@ def trigonometric_seasonal(
         period: s, time steps per cycle, at least 2.
         variance: $\sigma^2_\omega$, scalar, shared by all harmonics.
         emission_variance: $\sigma^2_\varepsilon$, scalar.
-        initial_mean: mean of the first state: None for zero, a scalar, or (D,).
-        initial_variance: variances of the first state, scalar or (D,).
+        initial_mean: mean of the first state: None for zero, a scalar, or (D,). Only with
+            `initial_variance`.
+        initial_variance: variances of the first state, scalar or (D,); exactly diffuse if None,
+            and where infinite.
         harmonics: h, from 1 to $\lfloor s/2 \rfloor$; all of them if None.
 
     Returns:
@@ -176,7 +184,8 @@ def trigonometric_seasonal(
 
     Raises:
         ValueError: if the period is no integer of at least 2, the number of harmonics is not
-            possible, on wrong shapes, or a variance known to be negative.
+            possible, on wrong shapes, a variance known to be negative, or a mean given for a
+            diffuse start.
 
     References:
         Durbin & Koopman (2012), Sec. 3.2.2; Harvey (1989), Sec. 2.3.4.
@@ -195,8 +204,7 @@ def trigonometric_seasonal(
         c, s = np.cos(angle), np.sin(angle)
         weights[2 * j : 2 * j + 2, 2 * j : 2 * j + 2] = [[c, s], [-s, c]]
     return component(
-        initial_mean=means("initial_mean", initial_mean, dtype, size),
-        initial_cov=jnp.diag(variances("initial_variance", initial_variance, dtype, size)),
+        initial=initial_state(initial_mean, initial_variance, dtype, size),
         weights=weights[:size, :size],
         cov=jnp.diag(variances("variance", variance, dtype) * jnp.ones(size, dtype)),
         emission_weights=np.arange(size)[None] % 2 == 0,

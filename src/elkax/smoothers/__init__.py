@@ -2,6 +2,7 @@
 
 from elkax.smoothers.damping import Damping, GaussNewton, LevenbergMarquardt, LineSearch
 from elkax.smoothers.descent import Record
+from elkax.smoothers.diffuse_initial import DiffuseInitial
 from elkax.smoothers.forecasting import Forecast, lgssm_forecast
 from elkax.smoothers.initial import ExactDiffuse, Stationary
 from elkax.smoothers.iterated import Info, Solution, iterated_smoother
@@ -39,6 +40,7 @@ from elkax.smoothers.trust_region import TrustRegion
 
 __all__ = [
     "Damping",
+    "DiffuseInitial",
     "Disturbances",
     "ExactDiffuse",
     "Forecast",

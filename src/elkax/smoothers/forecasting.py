@@ -1,6 +1,6 @@
 """Forecasts of states and emissions."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, ArrayLike
 
 from elkax.scan import Backend
-from elkax.smoothers.linear import Initial, Moments, infer_filtered, setup
+from elkax.smoothers.linear import Initial, Moments, infer_filtered, infer_smoothed, setup
+from elkax.smoothers.checks import real_array, series_array
 from elkax.smoothers.prepare import Problem, check_count, valid_steps
 
 
@@ -78,6 +79,25 @@ def emission_moments(problem: Problem, states: Moments) -> tuple[Array, Array]:
     return Moments(mean, spread + full_cov(problem), unknown).shown()
 
 
+def smoothed_emissions(
+    params: ParamsLGSSM, emissions: ArrayLike, inputs: ArrayLike | None = None, **options: Any
+) -> tuple[Array, Array]:
+    """Compute the moments (T, N) and (T, N, N) of fresh emissions at each time, given all data.
+
+    Arguments and errors as `lgssm_smoother`, and what is undetermined as in `emission_moments`.
+    """
+    problem, stored = setup(params, emissions, inputs, **options)
+    found = infer_smoothed(
+        problem.model, problem.finite, form=stored, backend=options["backend"]
+    )
+    return _of_emissions(problem, found.smoothed)
+
+
+@jax.jit
+def _of_emissions(problem: Problem, states: Moments) -> tuple[Array, Array]:
+    return emission_moments(problem, states)
+
+
 @jax.jit
 def _states_and_emissions(problem: Problem, states: Moments) -> tuple[Array, ...]:
     return *states.shown(), *emission_moments(problem, states)
@@ -118,9 +138,7 @@ def lgssm_forecast(
             given without the other.
     """
     check_count("num_forecast_timesteps", num_forecast_timesteps)
-    emissions = jnp.asarray(emissions)
-    if emissions.ndim != 2 or emissions.shape[0] == 0:
-        raise ValueError(f"emissions must be (T, N) with T >= 1, got shape {emissions.shape}")
+    emissions = series_array(emissions, params.emissions.weights)
     seen = valid_steps(length, len(emissions))
     start = len(emissions) if length is None else jnp.asarray(length)
     if (inputs is None) != (forecast_inputs is None):
@@ -130,7 +148,8 @@ def lgssm_forecast(
             f"{'missing' if forecast_inputs is None else 'given'}"
         )
     if inputs is not None:
-        inputs, forecast_inputs = jnp.asarray(inputs), jnp.asarray(forecast_inputs)
+        inputs = real_array("inputs", inputs)
+        forecast_inputs = real_array("forecast_inputs", forecast_inputs)
         expected = (num_forecast_timesteps, *inputs.shape[1:])
         if forecast_inputs.shape != expected:
             raise ValueError(

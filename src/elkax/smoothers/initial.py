@@ -79,19 +79,26 @@ class ExactDiffuse:
 
     components: tuple[bool, ...] | None = None
 
+    def mask(self, size: int) -> tuple[bool, ...]:
+        """Tell which of `size` states are diffuse.
+
+        Raises:
+            ValueError: if `components` does not fit the state, or names none.
+        """
+        mask = (True,) * size if self.components is None else tuple(map(bool, self.components))
+        if len(mask) != size or not any(mask):
+            raise ValueError(
+                f"components must be {size} bools, at least one of them True, got {self.components}"
+            )
+        return mask
+
     def resolve(self, model: Model) -> Model:
         """Return the model with the unknown effects in it.
 
         Raises:
             ValueError: if `components` does not fit the state, or names none.
         """
-        size = model.initial_mean.shape[0]
-        given = (True,) * size if self.components is None else tuple(map(bool, self.components))
-        if len(given) != size or not any(given):
-            raise ValueError(
-                f"components must be {size} bools, at least one of them True, got {self.components}"
-            )
-        mask = np.array(given)
+        mask = np.array(self.mask(model.initial_mean.shape[0]))
         keep = ~mask[:, None] & ~mask[None, :]
         model = model._replace(
             initial_mean=jnp.where(mask, 0.0, model.initial_mean),

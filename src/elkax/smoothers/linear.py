@@ -24,6 +24,7 @@ from elkax.gaussian.smoothing import Smoothed, smooth
 from elkax.gaussian.unknown import log_rotation
 from elkax.scan import Backend
 from elkax.scan.lanes import from_lanes, to_lanes
+from elkax.smoothers.checks import check_observed
 from elkax.smoothers.initial import ExactDiffuse, Stationary
 from elkax.smoothers.prepare import Problem, check_backend, find_form, prepare
 
@@ -69,18 +70,29 @@ def setup(
     form: str | None,
     initial: Initial,
     length: ArrayLike | None = None,
+    needs_data: bool = True,
 ) -> tuple[Problem, Form]:
-    """Check all arguments that the inference functions share and prepare the problem."""
+    """Check all arguments that the inference functions share and prepare the problem.
+
+    A diffuse start in the parameters and one by `initial` add up.
+    """
     check_backend(backend)
     if initial is not None and not isinstance(initial, Stationary | ExactDiffuse):
         raise TypeError(
             f"initial must be None, elkax.Stationary() or elkax.ExactDiffuse(), got {initial!r}"
         )
     problem = prepare(params, emissions, inputs, length=length)
-    if initial is None and any(problem.diffuse):
-        initial = ExactDiffuse(problem.diffuse)
-    if initial is not None:
-        problem = replace(problem, model=initial.resolve(problem.model))
+    diffuse = problem.diffuse
+    if isinstance(initial, ExactDiffuse):
+        named = initial.mask(len(diffuse))
+        diffuse = tuple(a or b for a, b in zip(diffuse, named, strict=True))
+    if isinstance(initial, Stationary):
+        problem = replace(problem, model=initial.resolve(problem.model), diffuse=())
+    elif any(diffuse):
+        if all(diffuse) and needs_data:
+            check_observed(problem.emissions, problem.model.valid)
+        model = ExactDiffuse(diffuse).resolve(problem.model)
+        problem = replace(problem, model=model, diffuse=diffuse)
     stored = find_form(form, problem.emissions.dtype, exact_entries=problem.exact_entries)
     return problem, stored
 

@@ -16,6 +16,7 @@ from elkax.gaussian.kalman import State, log_density
 from elkax.gaussian.model import constant_part, merge, over_time
 from elkax.gaussian.unknown import start
 from elkax.smoothers.linear import poison
+from elkax.smoothers.checks import real_array
 from elkax.smoothers.prepare import Problem, check_symmetric, diffuse_mask, find_form, prepare
 
 
@@ -110,10 +111,10 @@ def lgssm_online_step(
         ValueError: as `lgssm_filter`.
     """
     stored = find_form(form, state.mean.dtype)
-    emission = jnp.asarray(emission)
+    emission = real_array("emission", emission)
     if emission.ndim != 1:
         raise ValueError(f"emission must be (N,), got shape {emission.shape}")
-    inputs = None if input is None else jnp.asarray(input)[None]
+    inputs = None if input is None else real_array("input", input)[None]
     now = _at(params, state.time, emission.shape[0])
     problem = prepare(now, emission[None], inputs, continues=True)
     return _take_in(problem, state, form=stored)

@@ -14,8 +14,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
 from elkax.gaussian import Covariance, Form, Model, SquareRoot
-from elkax.gaussian.decorrelation import needs_no_own_factor, uncorrelate
+from elkax.gaussian.decorrelation import needs_no_own_factor
 from elkax.scan.lanes import is_short
+from elkax.smoothers.assembly import assemble
+from elkax.smoothers.checks import (
+    check_data,
+    check_inputs,
+    check_symmetric,
+    check_variances,
+    is_concrete,
+    may_be_exact,
+    real_array,
+    series_array,
+)
+from elkax.smoothers.diffuse_initial import DiffuseInitial
 
 FORMS: dict[str, Any] = {"covariance": Covariance, "square_root": SquareRoot}
 
@@ -32,12 +44,12 @@ class Problem:
     Attributes:
         model: covariances themselves.
         weights: $H$, (N, D) or (T, N, D).
-        offset: $d_t + D_tu_t$, (N,) or (T, N).
+        offset: $d_t + D_tu_t$, (N,) or (T, N); NaN at times without observation whose inputs are.
         cov: $R$, (N,), (T, N), (N, N) or (T, N, N) as given.
         diagonal: whether `cov` holds variances only.
         emissions: (T, N), NaN where missing.
-        finite: whether every parameter is finite.
-        diffuse: which initial states are exactly diffuse; empty if none is.
+        finite: whether all is finite that states and observations depend on.
+        diffuse: which initial states are exactly diffuse.
         exact_entries: whether a measurement without error may occur.
     """
 
@@ -70,11 +82,6 @@ def find_form(form: str | None, dtype: DTypeLike, *, exact_entries: bool = True)
     return FORMS[form](exact_entries=exact_entries)
 
 
-def diffuse_mask(initial: Any) -> tuple[bool, ...]:
-    """Tell which initial states are exactly diffuse; empty if none is."""
-    return getattr(initial, "diffuse", ())
-
-
 def check_count(name: str, value: Any) -> None:
     """Raise unless `value` is a positive integer that is known when the program is built."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
@@ -90,11 +97,6 @@ def check_backend(backend: Any) -> None:
         )
 
 
-def is_concrete(*values: Any) -> bool:
-    """Tell whether the values can be looked at now, not only when the program runs."""
-    return not any(isinstance(value, jax.core.Tracer) for value in values)
-
-
 def prepare(
     params: ParamsLGSSM,
     emissions: ArrayLike,
@@ -107,34 +109,32 @@ def prepare(
 
     Args:
         params: dynamax parameters; entries may be None (biases, input weights), arrays, arrays
-            with a leading time axis, or callables of t.
-        emissions: (T, N); NaN is missing, integers are promoted.
+            with a leading time axis, or callables of t. Of diffuse states, those of a
+            `DiffuseInitial` and concrete infinite variances, the model has mean and covariance
+            zero.
+        emissions: (T, N), or (T,) where N = 1; NaN is missing, integers are promoted.
         inputs: (T, U).
         length: number of time steps that exist, the rest being padding; all if None.
         continues: whether there are steps before the first of these, so that entry 0 of the
             dynamics is used.
 
     Raises:
-        ValueError: on shapes that do not fit each other, T = 0, covariances that are not
-            symmetric, inputs missing where the model has input weights.
+        ValueError: on shapes that do not fit each other, T = 0, several series, inputs missing
+            where the model has input weights; and on concrete values that cannot be: matrices that
+            are no covariances, infinite emissions, inputs that are not finite where they are used,
+            no observation at all of a model whose every state is diffuse.
         TypeError: on arrays that hold no real numbers.
     """
-    emissions = real_array("emissions", emissions)
-    if emissions.ndim != 2 or emissions.shape[0] == 0 or emissions.shape[1] == 0:
-        raise ValueError(
-            "emissions must be (T, N) with T >= 1 and N >= 1, one row per time step, got shape "
-            f"{emissions.shape}"
-        )
+    emissions = series_array(emissions, params.emissions.weights)
     num_timesteps, emission_dim = emissions.shape
-    diffuse = getattr(params.initial, "diffuse", ())
-    if diffuse:
-        mask = np.array(diffuse)
-        cov = jnp.where(mask[:, None] | mask, 0.0, params.initial.cov)
-        mean = jnp.where(mask, 0.0, params.initial.mean)
-        params = params._replace(initial=ParamsLGSSMInitial(mean, cov))
     arrays = _evaluate(params, num_timesteps)
     _check_shapes(arrays, num_timesteps, emission_dim)
+    diffuse = diffuse_mask(params.initial)
+    arrays = arrays._replace(initial=_without_diffuse(arrays.initial, diffuse))
+    _check_covariances(arrays, emission_dim)
     inputs = _check_inputs(arrays, inputs, num_timesteps)
+    valid = valid_steps(length, num_timesteps)
+    _check_values(arrays, emissions, inputs, valid, continues=continues)
     dtype = jnp.result_type(*(leaf for leaf in jax.tree.leaves((arrays, emissions, inputs))))
     dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
     arrays, emissions, inputs = jax.tree.map(
@@ -149,11 +149,11 @@ def prepare(
         and is_concrete(emissions)
         and bool(needs_no_own_factor(~np.isnan(np.asarray(emissions))).all())
     )
-    model, offset, emissions, finite = _assemble(
+    model, offset, emissions, finite = assemble(
         arrays,
         emissions,
         inputs,
-        valid_steps(length, num_timesteps),
+        valid,
         continues=continues,
         full=full,
         alike=alike,
@@ -167,36 +167,42 @@ def prepare(
         emissions,
         finite,
         diffuse,
-        _may_be_exact(params.emissions.cov, full=full),
+        may_be_exact(params.emissions.cov, full=full),
     )
 
 
-def _may_be_exact(cov: Any, *, full: bool) -> bool:
-    """Tell whether a measurement may be without error; it may where that cannot be looked at."""
-    if callable(cov) or not is_concrete(cov):
-        return True
-    known = np.asarray(cov, float)
-    if not full:
-        return not np.all(known > 0)
-    if known.ndim == 3 and known.shape[-1] > 1:
-        return True
-    sizes = np.sqrt(np.abs(np.diagonal(known, axis1=-2, axis2=-1)))
-    if not np.all(sizes > 0) or not np.all(np.isfinite(sizes)):
-        return True
-    correlations = known / (sizes[..., :, None] * sizes[..., None, :])
-    # Far above the level at which a pivot of R is taken for zero, in float32 as well.
-    return bool(np.min(np.linalg.eigvalsh(correlations)) < 1e-3)
+def diffuse_mask(initial: ParamsLGSSMInitial) -> tuple[bool, ...]:
+    """Tell which states are exactly diffuse: those marked, and concrete infinite variances.
+
+    Args:
+        initial: dynamax's record, or a `DiffuseInitial`.
+
+    Raises:
+        ValueError: if the mask of the record does not fit its mean.
+    """
+    size = np.shape(initial.mean)[-1]
+    mask = np.zeros(size, bool)
+    if isinstance(initial, DiffuseInitial):
+        if len(initial.diffuse) != size:
+            raise ValueError(
+                f"params.initial.diffuse must be {size} bools, one for each state, got "
+                f"{len(initial.diffuse)}: {initial.diffuse}"
+            )
+        mask |= initial.diffuse
+    if is_concrete(initial.cov):
+        mask |= np.isposinf(np.diagonal(np.asarray(initial.cov, float)))
+    return tuple(mask.tolist())
 
 
-def real_array(name: str, value: Any) -> Array:
-    """Return `value` as an array of real numbers, or raise TypeError that names it."""
-    try:
-        array = jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be an array of real numbers, got {type(value)}") from error
-    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
-        raise TypeError(f"{name} must hold real numbers, got dtype {array.dtype}")
-    return array
+def _without_diffuse(initial: ParamsLGSSMInitial, diffuse: tuple[bool, ...]) -> ParamsLGSSMInitial:
+    """Put zeros where diffuse states have their mean and covariances."""
+    if not any(diffuse):
+        return ParamsLGSSMInitial(mean=initial.mean, cov=initial.cov)
+    mask = np.array(diffuse)
+    return ParamsLGSSMInitial(
+        mean=jnp.where(mask, 0, initial.mean),
+        cov=jnp.where(mask[:, None] | mask, 0, initial.cov),
+    )
 
 
 def _evaluate(params: ParamsLGSSM, length: int) -> ParamsLGSSM:
@@ -213,7 +219,7 @@ def _evaluate(params: ParamsLGSSM, length: int) -> ParamsLGSSM:
     groups = {}
     for group in ("initial", "dynamics", "emissions"):
         fields = getattr(params, group)
-        groups[group] = type(fields)(
+        groups[group] = fields._replace(
             **{k: to_array(f"params.{group}.{k}", v) for k, v in fields._asdict().items()}
         )
     for group, field in (
@@ -266,29 +272,17 @@ def _check_shapes(arrays: ParamsLGSSM, length: int, emission_dim: int) -> None:
     check("params.emissions.bias", emission.bias, (n,), (length, n))
     check("params.emissions.cov", emission.cov, *r_shapes)
     check("params.emissions.input_weights", emission.input_weights, (n, None), (length, n, None))
-    check_symmetric("params.initial.cov", initial.cov)
-    check_symmetric("params.dynamics.cov", dynamics.cov, skip_first=dynamics.cov.ndim == 3)
-    if emission.cov.shape in ((n, n), (length, n, n)):
-        check_symmetric("params.emissions.cov", emission.cov)
 
 
-def check_symmetric(name: str, value: Array, *, skip_first: bool = False) -> None:
-    """Raise ValueError if a concrete covariance is not symmetric or has a negative variance."""
-    if not is_concrete(value):
-        return
-    cov = np.asarray(value)[1:] if skip_first else np.asarray(value)
-    gap = np.abs(cov - np.swapaxes(cov, -1, -2))
-    with np.errstate(invalid="ignore"):
-        scale = np.max(np.abs(cov), initial=0.0)
-        wrong = np.max(gap, initial=0.0) > np.sqrt(np.finfo(gap.dtype).eps) * scale
-        negative = np.any(np.diagonal(cov, axis1=-2, axis2=-1) < 0)
-    if wrong:
-        raise ValueError(
-            f"{name} must be symmetric, got entries that differ from their mirror images by "
-            f"{np.nanmax(gap):.3g}"
-        )
-    if negative:
-        raise ValueError(f"{name} must have variances >= 0 on its diagonal, got a negative one")
+def _check_covariances(arrays: ParamsLGSSM, emission_dim: int) -> None:
+    """Look at the covariances that are known now."""
+    q, r = arrays.dynamics.cov, arrays.emissions.cov
+    check_symmetric("params.initial.cov", arrays.initial.cov)
+    check_symmetric("params.dynamics.cov", q, skip_first=q.ndim == 3)
+    if r.ndim == 3 or r.shape == (emission_dim,) * 2:
+        check_symmetric("params.emissions.cov", r)
+    else:
+        check_variances("params.emissions.cov", r)
 
 
 def _check_inputs(arrays: ParamsLGSSM, inputs: Any, length: int) -> Array:
@@ -320,6 +314,23 @@ def _check_inputs(arrays: ParamsLGSSM, inputs: Any, length: int) -> Array:
     return inputs
 
 
+def _check_values(
+    arrays: ParamsLGSSM, emissions: Array, inputs: Array, valid: Array | None, *, continues: bool
+) -> None:
+    """Look at the emissions and inputs that are known now."""
+    check_data(emissions, valid)
+    if not is_concrete(inputs, valid) or inputs.shape[1] == 0:
+        return
+    exists = np.ones(len(inputs), bool) if valid is None else np.asarray(valid)
+    if arrays.dynamics.input_weights is not None:
+        # Entry 0 belongs to no step.
+        steps = exists if continues else exists & (np.arange(len(inputs)) > 0)
+        check_inputs(inputs, steps, "the step into the state")
+    if arrays.emissions.input_weights is not None and is_concrete(emissions):
+        observed = ~np.isnan(np.asarray(emissions)).all(1)
+        check_inputs(inputs, exists & observed, "an observation")
+
+
 def valid_steps(length: ArrayLike | None, num_timesteps: int) -> Array | None:
     """Mark the time steps that exist, None if all do.
 
@@ -337,91 +348,3 @@ def valid_steps(length: ArrayLike | None, num_timesteps: int) -> Array | None:
     if is_concrete(length) and not 1 <= int(length) <= num_timesteps:
         raise ValueError(f"length must lie in 1, ..., T = {num_timesteps}, got {int(length)}")
     return jnp.arange(num_timesteps) < length
-
-
-@partial(jax.jit, static_argnames=("continues", "full", "alike"))
-def _assemble(
-    arrays: ParamsLGSSM,
-    emissions: Array,
-    inputs: Array,
-    valid: Array | None,
-    *,
-    continues: bool,
-    full: bool,
-    alike: bool,
-) -> tuple[Model, Array, Array, Array]:
-    """Compute the model, and of a `Problem` offset, emissions and whether all is finite."""
-    length, emission_dim = emissions.shape
-    if valid is not None:
-        arrays, inputs = _without_padding(arrays, inputs, valid, 2 if full else 1)
-    initial, dynamics, emission = arrays
-    state_dim = initial.mean.shape[0]
-    offset = _affine_offset(dynamics.bias, dynamics.input_weights, inputs, state_dim)
-    shift = _affine_offset(emission.bias, emission.input_weights, inputs, emission_dim)
-    varying = {
-        "weights": (dynamics.weights, 2),
-        "offset": (offset, 1),
-        "noise": (dynamics.cov, 2),
-    }
-    # Entry 0 belongs to no step, whatever it holds.
-    moving = {
-        name: array.at[0].set(0.0) if array.ndim > rank and not continues else array
-        for name, (array, rank) in varying.items()
-    }
-    h, r = emission.weights, emission.cov
-    observed = ~jnp.isnan(emissions)
-    if valid is not None:
-        observed = observed & valid[:, None]
-    residual = jnp.where(observed, emissions - shift, 0.0)
-    parts = (initial.mean, initial.cov, *moving.values(), h, shift, r)
-    finite = jnp.all(jnp.isfinite(jnp.concatenate([jnp.ravel(part) for part in parts])))
-    model = Model(
-        initial_mean=initial.mean,
-        initial_cov=initial.cov,
-        **moving,
-        rows=h,
-        variances=None if full else r,
-        values=residual,
-        observed=observed,
-        first=(jnp.arange(length) == 0).astype(emissions.dtype),
-        valid=valid,
-        correlated=r if full else None,
-    )
-    if alike:
-        model = uncorrelate(model, alike=True)
-    return model, shift, jnp.where(observed, emissions, jnp.nan), finite
-
-
-def _without_padding(
-    arrays: ParamsLGSSM, inputs: Array, valid: Array, cov_rank: int
-) -> tuple[ParamsLGSSM, Array]:
-    """Replace what stands in padding, so that it spreads neither forward nor in a derivative."""
-
-    def clean(array: Array | None, rank: int) -> Array | None:
-        if array is None or array.ndim == rank:
-            return array
-        return jnp.where(valid.reshape((-1,) + (1,) * rank), array, 0.0)
-
-    _, dynamics, emission = arrays
-    dynamics = type(dynamics)(
-        weights=clean(dynamics.weights, 2),
-        bias=clean(dynamics.bias, 1),
-        input_weights=clean(dynamics.input_weights, 2),
-        cov=clean(dynamics.cov, 2),
-    )
-    emission = type(emission)(
-        weights=clean(emission.weights, 2),
-        bias=clean(emission.bias, 1),
-        input_weights=clean(emission.input_weights, 2),
-        cov=clean(emission.cov, cov_rank),
-    )
-    inputs = jnp.where(valid[:, None], inputs, 0.0)
-    return arrays._replace(dynamics=dynamics, emissions=emission), inputs
-
-
-def _affine_offset(bias: Array | None, weights: Array | None, inputs: Array, size: int) -> Array:
-    """Compute bias + weights u, without a time axis if it is the same at all times."""
-    offset = jnp.zeros(size, inputs.dtype) if bias is None else bias
-    if weights is None or weights.shape[-1] == 0:
-        return offset
-    return offset + jnp.einsum("...ij,...j->...i", weights, inputs, precision="highest")

@@ -14,7 +14,7 @@ from elkax.gaussian.factor import psd_cholesky
 from elkax.scan import Backend, affine_scan
 from elkax.scan.lanes import from_lanes, matvec, to_lanes
 from elkax.smoothers.linear import Initial, filter_and_smooth, setup, smooth_effects
-from elkax.smoothers.prepare import Problem, check_backend, check_count, is_concrete, prepare
+from elkax.smoothers.prepare import Problem, check_backend, check_count, is_concrete
 
 Key = PRNGKeyArray | UInt32[Array, "2"]
 
@@ -39,6 +39,7 @@ def lgssm_joint_sample(
     inputs: ArrayLike | None = None,
     *,
     backend: Backend | None = None,
+    initial: Initial = None,
 ) -> tuple[Array, Array]:
     r"""Draw states and emissions from $p(z_{1:T}, y_{1:T} \mid u_{1:T})$.
 
@@ -48,12 +49,14 @@ def lgssm_joint_sample(
         num_timesteps: T >= 1.
         inputs: (T, U).
         backend: how to run over time; chosen by `elkax.scan.choose` if None.
+        initial: `Stationary()` in place of the initial distribution.
 
     Returns:
         States (T, D) and emissions (T, N).
 
     Raises:
-        ValueError: on shapes that do not fit, or T < 1.
+        ValueError: on shapes that do not fit, T < 1, or states that start diffuse: there is nothing
+            to draw them from.
     """
     check_backend(backend)
     check_count("num_timesteps", num_timesteps)
@@ -64,7 +67,14 @@ def lgssm_joint_sample(
             f"params.emissions.weights must be (N, D) or (T, N, D), got shape {first.shape}"
         )
     empty = jnp.zeros((num_timesteps, first.shape[-2]), first.dtype)
-    problem = prepare(params, empty, inputs)
+    problem, _ = setup(
+        params, empty, inputs, backend=backend, form=None, initial=initial, needs_data=False
+    )
+    if problem.model.unknown is not None:
+        raise ValueError(
+            "a diffuse start has no distribution to draw from; give a proper one (initial_variance= "
+            f"of the components, or initial=elkax.Stationary()), got diffuse {problem.diffuse}"
+        )
     return _draw(key, problem, backend=backend)
 
 
