@@ -22,7 +22,7 @@ from elkax.smoothers.linearization import Linearized, linearize
 from elkax.smoothers.nonlinear import filter_system, smooth_filtered
 from elkax.smoothers.prepare import check_backend, check_count, find_form, real_array
 from elkax.smoothers.stationarity import at_fixed_point, at_least_cost, minimises
-from elkax.smoothers.system import Data, NonlinearParams, System, prepare_system
+from elkax.smoothers.system import Data, NonlinearParams, System, for_emissions, prepare_system
 
 
 class Info(NamedTuple):
@@ -187,6 +187,7 @@ def iterated_smoother(
     stored = find_form(form, float)
     check_strategy(linearizer, damping, max_iters)
     system, data = prepare_system(params, emissions, inputs, residual=residual)
+    stored = for_emissions(stored, system, data)
     means, covs = _find_start(start, system, data, linearizer, stored, backend)
     dtype = means.dtype
     tolerance = jnp.sqrt(jnp.finfo(dtype).eps) if tolerance is None else tolerance

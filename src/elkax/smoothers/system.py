@@ -1,7 +1,7 @@
 """From the parameters of a nonlinear model to static functions and traced arrays."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ from dynamax.generalized_gaussian_ssm.models import ParamsGGSSM
 from dynamax.nonlinear_gaussian_ssm.models import ParamsNLGSSM
 from jaxtyping import Array, ArrayLike
 
+from elkax.gaussian import Form
 from elkax.linearize import (
     Curvature,
     Datum,
@@ -21,7 +22,7 @@ from elkax.linearize import (
 )
 from elkax.linearize.curvature import ClippedHessian
 from elkax.linearize.emissions import Residual
-from elkax.smoothers.prepare import check_symmetric, real_array
+from elkax.smoothers.checks import check_symmetric, may_be_exact, real_array
 
 
 class ParamsDistributionSSM(NamedTuple):
@@ -100,6 +101,18 @@ class Data(NamedTuple):
         if noise is not None and self._constant_noise():
             noise = jnp.broadcast_to(noise, (self.values.shape[0], *noise.shape))
         return Datum(self.values, self.observed, noise, self.inputs)
+
+
+def for_emissions(form: Form, system: System, data: Data) -> Form:
+    """Give the form that carries what rounding leaves only where R may be singular."""
+    if isinstance(system.emission, DensityEmission):
+        return replace(form, exact_entries=False)
+    noise = data.emission_noise
+    if noise is None:
+        return form
+    size = noise.shape[-1]
+    full = noise.ndim == 3 or noise.shape == (size, size)
+    return replace(form, exact_entries=may_be_exact(noise, full=full))
 
 
 def prepare_system(
