@@ -55,15 +55,7 @@ def test_tria(size):
     np.testing.assert_allclose(
         lower @ np.swapaxes(lower, 1, 2), a @ np.swapaxes(a, 1, 2), atol=1e-11
     )
-    # The same rotation of other rows keeps their products with these.
-    below = batch(2, 2 * size + 1, seed=1)
-    same, turned = over_lanes(tria, a, below)
-    np.testing.assert_array_equal(same, lower)
-    np.testing.assert_allclose(
-        turned[..., :size] @ np.swapaxes(lower, 1, 2), below @ np.swapaxes(a, 1, 2), atol=1e-11
-    )
-    np.testing.assert_allclose(tria(jnp.asarray(a[0])), lower[0], atol=1e-12)
-    assert np.all(tria(jnp.zeros((2, 4))) == 0)
+
 
 
 @pytest.mark.parametrize("size", SIZES)

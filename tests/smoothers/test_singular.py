@@ -72,11 +72,24 @@ def truly_singular(kind):
     return Problem(params, jnp.ones((T, 2)))
 
 
+@pytest.mark.parametrize("backend, form", WAYS)
+def test_a_second_exact_sensor_tells_nothing(backend, form):
+    """Without a variance of its own it is left out: the density on the support of the data."""
+    problem = truly_singular("two identical exact sensors")
+    single = make_params([0.0], np.eye(1), [[0.9]], np.eye(1), [[1.0]], np.zeros((1, 1)))
+    both = compiled("lgssm_marginal_log_prob", backend, form)(*problem[:2])
+    one = elkax.lgssm_marginal_log_prob(single, problem.emissions[:, :1])
+    np.testing.assert_allclose(both, one, rtol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["two identical exact sensors", "no noise at all"])
 @pytest.mark.parametrize("backend, form", WAYS)
-def test_truly_singular_innovations_give_a_nan_likelihood(kind, backend, form):
-    problem = truly_singular(kind)
-    assert np.isnan(compiled("lgssm_marginal_log_prob", backend, form)(*problem[:2]))
+def test_what_contradicts_a_certainty_is_impossible(kind, backend, form):
+    """Sensors without error that differ, and a state known to be zero that is seen at one."""
+    params, emissions, _ = truly_singular(kind)
+    emissions = emissions.at[3, 1].add(1e-6)
+    value = compiled("lgssm_marginal_log_prob", backend, form)(params, emissions)
+    assert value == -np.inf
 
 
 def test_identical_sensors_of_which_one_is_missing():

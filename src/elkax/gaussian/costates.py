@@ -177,6 +177,10 @@ def go_back(entries: Entries, q: Array, matrix: Array) -> tuple[Array, Array]:
         u = v * weight - dot(k, q)
         return (lanes.add(q, lanes.scale(h, u)), Covariance().correct(matrix, k, weight, h)), None
 
+    rows, gains, residuals, precisions = entries
+    own = ((rows, 2), (gains, 2), (precisions, 1))
+    q = lanes.give_lanes(q, 1, (residuals, 1), (matrix, 2), *own)
+    matrix = lanes.give_lanes(matrix, 2, *own)
     turned = jax.tree.map(lambda leaf: leaf[::-1], entries)
     return fold_rows(back, (q, matrix), turned)[0]
 
@@ -228,7 +232,9 @@ class BrysonFrazier(GaussMarkov):
         drop = lanes.add(lanes.product(back, cross), lanes.product(transpose(half), noise))
         lagged = lanes.subtract(cross, matmul(cov, lanes.materialize(drop)))
         if x.goes_on is not None:
-            lagged = jnp.where(x.goes_on, lagged, smoothed)
+            lagged, smoothed = lanes.align(lagged, 2, smoothed, 2)
+            go, lagged = lanes.align(x.goes_on, 0, lagged, 2)
+            lagged = jnp.where(go, lagged, smoothed)
         mean = lanes.add(mean, lanes.add(low, matvec(cov, after)))
         return state, (mean, smoothed, lagged)
 
@@ -240,10 +246,11 @@ class BrysonFrazier(GaussMarkov):
         r"""Compute the step: its weights are $W_t^\top F_{t+1}^\top$."""
         weights = self.fixed.weights if x.weights is None else x.weights
         rows = self.fixed.rows if x.rows is None else x.rows
-        size, shape = self.size, x.update[0].shape[2:]
-        kept = lanes.identity(size, shape, weights.dtype)
-        vector = jnp.zeros((size, *shape), weights.dtype)
-        matrix = jnp.zeros((size, size, *shape), weights.dtype)
+        size, (gains, residuals, precisions) = self.size, x.update
+        own = ((rows, 2), (gains, 2), (precisions, 1))
+        kept = lanes.give_lanes(jnp.eye(size, dtype=weights.dtype), 2, *own)
+        matrix = jnp.zeros_like(kept)
+        vector = lanes.give_lanes(matrix[:, 0], 1, (residuals, 1))
 
         def update(carry: tuple, entry: Entries) -> tuple[tuple, None]:
             kept, vector, matrix = carry

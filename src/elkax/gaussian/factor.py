@@ -73,7 +73,7 @@ def psd_cholesky(
     return _loop(size, column, jnp.zeros_like(p), written_out=written_out)
 
 
-def tria(a: Float[Array, "n m *lanes"], below: Array | None = None) -> Any:
+def tria(a: Float[Array, "n m *lanes"]) -> Float[Array, "n n *lanes"]:
     r"""Compute the lower $L$ with $LL^\top = AA^\top$ and a non-negative diagonal.
 
     Householder reflections from the right, so $A$ is never squared. Each maps the row to the
@@ -83,20 +83,14 @@ def tria(a: Float[Array, "n m *lanes"], below: Array | None = None) -> Any:
 
     Args:
         a: any real matrix with m >= n columns.
-        below: (k, m, lanes), a matrix to be multiplied with the same reflections.
 
     Returns:
-        Lower factor, singular if $A$ has dependent rows; if `below` is given, that matrix too.
+        Lower factor, singular if $A$ has dependent rows.
 
     References:
         Parlett (1971), Mathematics of Computation 25(115), for the vector without cancellation.
     """
     size, columns = a.shape[:2]
-    if below is not None:
-        a, below = lanes.align(a, 2, below, 2)
-        shape = jnp.broadcast_shapes(a.shape[2:], below.shape[2:])
-        parts = [jnp.broadcast_to(part, part.shape[:2] + shape) for part in (a, below)]
-        a = jnp.concatenate(parts)
     index = jnp.arange(columns).reshape((columns,) + (1,) * (a.ndim - 2))
 
     def reflect(i: Index, a: Array) -> Array:
@@ -118,15 +112,14 @@ def tria(a: Float[Array, "n m *lanes"], below: Array | None = None) -> Any:
         # Turning the column keeps the diagonal >= 0.
         return (a - outer(along, v)) * (1.0 - (1.0 - sign) * unit)[None]
 
-    reflected = _loop(size, reflect, a)
+    reflected = _loop(size, reflect, a)[:, :size]
     lower = jnp.tril(jnp.ones((size, size), bool)).reshape((size, size) + (1,) * (a.ndim - 2))
-    factor = jnp.where(lower, reflected[:size, :size], 0.0)
-    return factor if below is None else (factor, reflected[size:])
+    return jnp.where(lower, reflected, 0.0)
 
 
 def tria_change(
-    base: Float[Array, "n n *lanes_b"], a: Float[Array, "n m *lanes"]
-) -> Float[Array, "n n *lanes"]:
+    base: Float[Array, "n n *lanes_b"], a: Float[Array, "n m *lanes"], *, turned: bool = False
+) -> Any:
     r"""Compute $L - B$ for the lower $L$ with $LL^\top = MM^\top$, $M = [B, 0] + A$.
 
     Where A is small and B about lower, the difference is found in its own digits: row i, $(p, r)$
@@ -137,13 +130,18 @@ def tria_change(
     Args:
         base: $B$, perhaps without lanes.
         a: $A$, with m >= n columns.
+        turned: whether to return the first n rows of the rotation as well, in the same way.
 
     Returns:
-        $L - B$; L has a non-negative diagonal and is singular if $M$ has dependent rows.
+        $L - B$; L has a non-negative diagonal and is singular if $M$ has dependent rows. If
+        `turned`, also $[I, 0]\Theta - [I, 0]$ (n, m) with $M\Theta = [L, 0]$.
     """
     size, columns = a.shape[:2]
     index = jnp.arange(columns).reshape((columns,) + (1,) * (a.ndim - 2))
     base = jnp.zeros_like(a).at[:, :size].set(lanes.align(base, 2, a, 2)[0])
+    if turned:
+        base = jnp.concatenate((base, lanes.identity(columns, a.shape[2:], a.dtype)[:size]))
+        a = jnp.concatenate((a, jnp.zeros_like(a)))
 
     def rotate(i: Index, change: Array) -> Array:
         whole = base + change
@@ -167,9 +165,10 @@ def tria_change(
         lost, gained = materialize((lost, gained), 1)
         return (change - outer(lost, rest)).at[:, i].add(gained)
 
-    found = _loop(size, rotate, a)[:, :size]
+    found = _loop(size, rotate, a)
     lower = jnp.tril(jnp.ones((size, size), bool)).reshape((size, size) + (1,) * (a.ndim - 2))
-    return jnp.where(lower, found, -base[:, :size])
+    change = jnp.where(lower, found[:size, :size], -base[:size, :size])
+    return (change, found[size:]) if turned else change
 
 
 def solve_lower(

@@ -184,7 +184,8 @@ class KalmanFilter:
             zero = used & tells_nothing(self.form, error, h, variance, s)
             against = contradicts(self.form, error, h, mean + shift, value, residual)
             active = used & ~zero
-            s = jnp.where(active, s, 1.0)
+            # Where R is no covariance there is no density.
+            s = jnp.where(active, jnp.where(s < 0, jnp.nan, s), 1.0)
             # Zero times a non-finite entry keeps it visible, where a selection would hide it.
             projection = projection * active
             gain = self.form.gain(cov, projection) / s

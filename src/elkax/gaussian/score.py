@@ -179,7 +179,7 @@ def _score(model: Model, filtered: FilterOutput, costates: Costates, columns: _C
         back = transpose(fixed.weights if following is None else following)
         after = (product(back, later[0]), matmul(matmul(back, later[1]), transpose(back)))
         if goes_on is not None:
-            after = jax.tree.map(lambda leaf: jnp.where(goes_on, leaf, 0.0), after)
+            after = tuple(jnp.where(lanes.align(goes_on, 0, leaf, 2)[0], leaf, 0.0) for leaf in after)
 
         def expect(left: Array, right: Array) -> Array:
             """Add up products over the columns."""
@@ -187,9 +187,9 @@ def _score(model: Model, filtered: FilterOutput, costates: Costates, columns: _C
                 left = product(left, weighting)
             return product(left, transpose(right))
 
-        smoothed = _add(mean, product(cov, after[0]))
+        smoothed = lanes.add_matrix(mean, product(cov, after[0]))
         drawn = product(earlier_cov, product(transpose(own.weights), q))
-        smoothed_earlier = _add(earlier, drawn)
+        smoothed_earlier = lanes.add_matrix(earlier, drawn)
         noise = lanes.blend(own.first, own.initial_cov, own.noise, 2)
         predicted = Covariance().predict(own.weights, earlier_cov, noise)
         precision = find_precision(own.observed, variance)
@@ -234,11 +234,6 @@ def _score(model: Model, filtered: FilterOutput, costates: Costates, columns: _C
     return Model(*[None] * len(model))._replace(**outputs, **sums)
 
 
-def _add(a: Array, b: Array) -> Array:
-    a, b = lanes.align(a, 2, b, 2)
-    return a + b
-
-
 def _entries(
     predicted: Array, after: tuple[Array, Array], entries: tuple
 ) -> tuple[Array, Array, Array]:
@@ -256,11 +251,16 @@ def _entries(
         u = lanes.add(lanes.scale(v, weight), -matvec(transpose(q), gain))
         d = weight + dot(gain, along)
         rest = lanes.scale(h, d) - along
-        carry = _add(q, lanes.outer(h, u)), Covariance().correct(matrix, gain, weight, h)
+        carry = lanes.add_matrix(q, lanes.outer(h, u)), Covariance().correct(matrix, gain, weight, h)
         return carry, (u, d, matvec(cov, rest))
 
+    predicted = lanes.give_lanes(predicted, 2, (rows, 2), (variances, 1), (gains, 2))
     _, covs = fold_rows(forward, predicted, (rows, variances, gains))
     found = (rows, residual, precision, gains, covs)
+    q, matrix = after
+    own = ((rows, 2), (gains, 2), (precision, 1))
+    q = lanes.give_lanes(q, 2, (residual, 2), (matrix, 2), *own)
+    after = (q, lanes.give_lanes(matrix, 2, *own))
     turned = jax.tree.map(lambda leaf: leaf[::-1], found)
     _, outputs = fold_rows(backward, after, turned)
     return jax.tree.map(lambda leaf: leaf[::-1], outputs)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from elkax.gaussian.costates import continues, encode_model, next_weights
-from elkax.gaussian.factor import gram, tria
+from elkax.gaussian.factor import gram, tria_change
 from elkax.gaussian.kalman import FilterOutput, find_precision, fold_rows
 from elkax.gaussian.markov import GaussMarkov, Transition
 from elkax.gaussian.model import Model, constant_part
@@ -84,35 +84,47 @@ class Whitened(GaussMarkov):
         rows = fixed.rows if x.rows is None else x.rows
         variances = fixed.variances if x.variances is None else x.variances
         factor, size = x.filtered[2], self.size
-        eye = lanes.identity(size, factor.shape[2:], factor.dtype)
-        above = beside(lanes.materialize(lanes.product(weights, factor)), noise)
-        below = beside(eye, jnp.zeros_like(eye))
-        predicted, turned = tria(above, below)
+        kept, moved = lanes.advance_apart(weights, factor)
+        change, turned = tria_change(kept, beside(lanes.materialize(moved), noise), turned=True)
+        kept, change = lanes.align(kept, 2, change, 2)
+        predicted = lanes.materialize(kept + change)
+        eye = lanes.identity(size, predicted.shape[2:], factor.dtype)
 
-        def update(carry: tuple[Array, Array], entry: tuple) -> tuple[tuple[Array, Array], None]:
-            both, shift = carry
+        # All that is near the identity is found as what differs from it, in its own digits.
+        def update(carry: tuple, entry: tuple) -> tuple[tuple, None]:
+            later, gamma, shift = carry
             h, variance, v, weight = entry
-            f = lanes.materialize(matvec(transpose(both[:size]), h), 1)
+            f = lanes.materialize(matvec(transpose(later), h), 1)
             f = lanes.scale(f, weight != 0)
-            told = lanes.scale(matvec(both[size:], f), weight)
-            _, kept, change = shrink_columns(both, f, variance)
-            return (kept + change, lanes.add(shift, lanes.scale(told, v))), None
+            told = lanes.scale(lanes.add(f, matvec(gamma, f)), weight)
+            keep, kept, change = shrink_columns(
+                jnp.concatenate((later, eye + gamma)), f, variance
+            )
+            gamma = keep[None] * gamma + change[size:] + (keep - 1.0)[None] * eye
+            later = kept[:size] + change[:size]
+            return (later, gamma, lanes.add(shift, lanes.scale(told, v))), None
 
-        both = jnp.concatenate((predicted, lanes.identity(size, predicted.shape[2:], eye.dtype)))
-        zero = jnp.zeros((size, *predicted.shape[2:]), eye.dtype)
+        own = ((rows, 2), (variances, 1), (precisions, 1))
+        predicted = lanes.give_lanes(predicted, 2, *own)
+        eye = lanes.give_lanes(eye, 2, (predicted, 2))
+        shift = lanes.give_lanes(jnp.zeros_like(predicted[:, 0]), 1, (residuals, 1))
+        start = (predicted, jnp.zeros_like(predicted), shift)
         entries = (rows, variances, residuals, precisions)
-        (both, shift), _ = fold_rows(update, (both, zero), entries)
+        (later, gamma, shift), _ = fold_rows(update, start, entries)
         turn, rest = turned[:, :size], turned[:, size:]
-        back, shift = matmul(turn, both[size:]), matvec(turn, shift)
-        later = both[:size]
+        both = lanes.add_matrix(turn, lanes.add_matrix(gamma, lanes.product(turn, gamma)))
+        shift = lanes.add(shift, matvec(turn, shift))
         if x.goes_on is not None:
-            go, back = lanes.align(x.goes_on, 0, back, 2)
-            same = lanes.identity(size, back.shape[2:], eye.dtype)
-            back, rest = jnp.where(go, back, same), jnp.where(go, rest, 0.0)
+            go, both = lanes.align(x.goes_on, 0, both, 2)
+            both, rest = jnp.where(go, both, 0.0), jnp.where(go, rest, 0.0)
             later = jnp.where(go, later, factor)
             go, shift = lanes.align(x.goes_on, 0, shift, 1)
             shift = jnp.where(go, shift, 0.0)
-        return Transition(back, shift, rest), later
+        both = lanes.materialize(both)
+        weights = lanes.add_identity(jnp.ones((size, *both.shape[2:]), both.dtype), both)
+        if not lanes.is_short(both.dtype):
+            weights, _ = lanes.halves(weights)
+        return Transition(weights, shift, rest), later
 
 
 def smooth_by_factors(

@@ -262,6 +262,12 @@ def add(x: Shaped[Array, "n *lanes_x"], y: Shaped[Array, "n *lanes_y"]) -> Array
     return x + y
 
 
+def add_matrix(a: Shaped[Array, "n m *lanes_a"], b: Shaped[Array, "n m *lanes_b"]) -> Array:
+    r"""Compute $A + B$ in every lane, shape (n, m, lanes)."""
+    a, b = align(a, 2, b, 2)
+    return a + b
+
+
 def multiply(x: Shaped[Array, "n *lanes_x"], y: Shaped[Array, "n *lanes_y"]) -> Array:
     r"""Compute $x \circ y$ in every lane, shape (n, lanes)."""
     x, y = align(x, 1, y, 1)
@@ -272,6 +278,21 @@ def scale(x: Shaped[Array, "n *lanes_x"], factor: Shaped[Array, "*lanes_f"]) -> 
     r"""Multiply a vector with a number in every lane, shape (n, lanes)."""
     x, factor = align(x, 1, factor, 0)
     return x * factor
+
+
+def give_lanes(a: Shaped[Array, "..."], rank: int, *others: tuple[Array, int]) -> Array:
+    """Give an operand the lanes of others, as a loop needs what it carries.
+
+    Args:
+        a: the operand, its first `rank` axes are matrix axes.
+        rank: number of matrix axes of `a`.
+        *others: arrays and the number of their matrix axes.
+    """
+    shapes = [a.shape[rank:], *(other.shape[count:] for other, count in others)]
+    most = max(map(len, shapes))
+    shape = jnp.broadcast_shapes(*(each + (1,) * (most - len(each)) for each in shapes))
+    a = a.reshape(a.shape + (1,) * (most - a.ndim + rank))
+    return jnp.broadcast_to(a, a.shape[:rank] + shape)
 
 
 def scale_by(a: Shaped[Array, "n m *lanes_a"], factor: Shaped[Array, "*lanes_f"]) -> Array:
