@@ -8,7 +8,7 @@ package. Meant for D <= 4, N <= 2, T <= 30.
 
 import math
 from fractions import Fraction
-from itertools import combinations
+from itertools import chain, combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ class ExactPosterior(NamedTuple):
     contradicted: np.ndarray  # those of them whose residual is not zero (T, N)
     scale: float  # the largest variance that any state had, diffuse ones counted as one
     least: float  # the smallest positive innovation variance of an entry without error, or inf
+    growth: float  # how much a perturbation of a covariance is amplified by the filter at most
 
 
 def fractions(values):
@@ -244,6 +245,25 @@ def _largest_variance(model, diffuse):
     return float(largest)
 
 
+def _growth(run, F):
+    r"""Largest $\|\Phi\|^2$ of the transitions $\Phi$ of the filter's errors, from any s to any t.
+
+    Where it is large, what rounding does to a covariance grows into the answer: with exact entries
+    and states that nothing disturbs, the filter need not forget its start.
+    """
+    D = run.filtered[0][0].shape[0]
+    products, largest = np.zeros((0, D, D)), 1.0
+    for t, taken in enumerate(run.entries):
+        step = np.array(F[t], np.float64) if t else np.eye(D)
+        products = step @ products
+        for entry in taken:
+            keep = np.eye(D) - np.outer(_floats(entry.gain), _floats(entry.row))
+            products = keep @ products
+        largest = max(largest, np.max(np.sum(products**2, axis=(1, 2)), initial=0.0))
+        products = np.concatenate([products, np.eye(D)[None]])
+    return largest
+
+
 def exact(model, emissions, diffuse=(), proper_part=1):
     """Every posterior moment of a model, exactly.
 
@@ -275,5 +295,6 @@ def exact(model, emissions, diffuse=(), proper_part=1):
         run.left_out,
         run.contradicted,
         _largest_variance(model, diffuse),
-        float(min((e.variance for taken in run.entries for e in taken if not e.error), default=math.inf)),
+        min((float(e.variance) for e in chain(*run.entries) if not e.error), default=math.inf),
+        _growth(run, model.F),
     )

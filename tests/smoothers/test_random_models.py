@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from exact_oracle import exact
-from oracles import Model, dense, model_arrays
+from oracles import LONG, Model, dense, model_arrays
 from problems import make_params
 from random_models import (
     FEW_WAYS,
@@ -38,7 +38,9 @@ def test_exact_oracle_equals_the_dense_one(shape, mask):
     for drawn, expected in regular(shape, mask, range(24)):
         count += 1
         diffuse = masks(SHAPES[shape])[mask]
-        other = dense(drawn.model, drawn.emissions, diffuse)
+        long = Model(*(x.astype(LONG) for x in drawn.model))
+        with np.errstate(divide="ignore", invalid="ignore"):  # until the effects are identified
+            other = dense(long, drawn.emissions, diffuse)
         close = {"rtol": 1e-11, "atol": 1e-11 * expected.scale}
         value = float(other.log_likelihood)
         np.testing.assert_allclose(expected.log_likelihood, value, rtol=1e-12, atol=1e-12)
@@ -85,10 +87,10 @@ def test_exact_oracle_is_the_limit_of_proper_starts(shape, mask):
             wanted = getattr(expected, f"{what}_covariances")
             np.testing.assert_array_equal(np.isinf(np.diagonal(wanted, axis1=1, axis2=2)), unknown)
             pairs = unknown[:, :, None] | unknown[:, None, :]
-            np.testing.assert_allclose(covariances[~pairs], wanted[~pairs], rtol=1e-14)
-            np.testing.assert_allclose(
-                means[~unknown], getattr(expected, f"{what}_means")[~unknown], rtol=1e-14
-            )
+            close = {"rtol": 1e-14, "atol": 1e-50}  # what is zero is 1 / kappa = 1e-60 here
+            np.testing.assert_allclose(covariances[~pairs], wanted[~pairs], **close)
+            wanted = getattr(expected, f"{what}_means")
+            np.testing.assert_allclose(means[~unknown], wanted[~unknown], **close)
         other = exact(drawn.model, drawn.emissions, diffuse, proper_part=1000)
         np.testing.assert_array_equal(other.smoothed_covariances, expected.smoothed_covariances)
         np.testing.assert_array_equal(other.filtered_means, expected.filtered_means)
