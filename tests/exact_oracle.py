@@ -199,7 +199,9 @@ def _determinant(matrix):
         return ONE
     rest = np.arange(1, len(matrix))
     return sum(
-        (-1) ** j * matrix[0, j] * _determinant(matrix[np.ix_(rest, np.delete(range(len(matrix)), j))])
+        (-1) ** j
+        * matrix[0, j]
+        * _determinant(matrix[np.ix_(rest, np.delete(range(len(matrix)), j))])
         for j in range(len(matrix))
     )
 

@@ -202,7 +202,7 @@ def compiled_gradient(form, diffuse):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("diffuse", [True, False])
 def test_a_contradiction_has_no_likelihood(diffuse, dtype, form):
-    """Minus infinity, not NaN, and a derivative of zero; the moments stay those of what is known."""
+    """Minus infinity, not NaN, and a derivative of zero; moments stay those of what is known."""
     y = np.array([[0.7], [0.7], [0.8], [0.7]])
     params, data = cast(constant(), dtype), cast(y, dtype)
     assert reference(constant(), y, diffuse).log_likelihood == -math.inf

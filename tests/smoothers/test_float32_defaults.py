@@ -24,9 +24,7 @@ COVARIATES = np.stack([SEASON, TIMES / T], axis=1)
 
 
 def with_seasonal(level, slope, season, error):
-    return elkax.combine(
-        elkax.local_linear_trend(level, slope, error), elkax.seasonal(12, season)
-    )
+    return elkax.combine(elkax.local_linear_trend(level, slope, error), elkax.seasonal(12, season))
 
 
 def with_regression(level, error):

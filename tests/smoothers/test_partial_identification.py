@@ -50,9 +50,7 @@ def effects_alone(covariates):
     """Constant coefficients and nothing else."""
     K = covariates.shape[1]
     nothing = np.zeros((K, K))
-    return make_params(
-        np.zeros(K), np.eye(K), np.eye(K), nothing, covariates[:, None], [[1.0]]
-    )
+    return make_params(np.zeros(K), np.eye(K), np.eye(K), nothing, covariates[:, None], [[1.0]])
 
 
 def two_levels():
@@ -119,9 +117,7 @@ def test_the_rest_is_as_if_what_is_open_were_not_there(name, form):
     np.testing.assert_allclose(both.marginal_loglik, alone.marginal_loglik, **close)
     for what in ("filtered", "smoothed"):
         means, covariances = f"{what}_means", f"{what}_covariances"
-        np.testing.assert_allclose(
-            getattr(both, means)[:, 0], getattr(alone, means)[:, 0], **close
-        )
+        np.testing.assert_allclose(getattr(both, means)[:, 0], getattr(alone, means)[:, 0], **close)
         np.testing.assert_allclose(
             getattr(both, covariances)[:, 0, 0], getattr(alone, covariances)[:, 0, 0], **close
         )
@@ -223,9 +219,7 @@ def test_a_line_in_calendar_years_in_float32(form):
     assert np.all(off <= 0.02 * sd + eps * size), np.max(off / sd)
     np.testing.assert_allclose(posterior.smoothed_covariances, np.tile(cov, (31, 1, 1)), rtol=0.04)
     residual = y - covariates @ wanted
-    value = -0.5 * (
-        31 * math.log(2 * math.pi) + residual @ residual - np.linalg.slogdet(cov)[1]
-    )
+    value = -0.5 * (31 * math.log(2 * math.pi) + residual @ residual - np.linalg.slogdet(cov)[1])
     assert float(posterior.marginal_loglik) == pytest.approx(value, abs=0.05)
 
 

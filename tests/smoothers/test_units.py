@@ -72,8 +72,7 @@ def moments(posterior):
     return {
         name: np.asarray(getattr(posterior, name), np.float64)
         for name in posterior._fields
-        if name.endswith(("_means", "_covariances"))
-        and "cross" not in name
+        if name.endswith(("_means", "_covariances")) and "cross" not in name
     }
 
 
