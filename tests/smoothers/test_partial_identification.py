@@ -70,7 +70,7 @@ CASES = {  # parameters, emissions, rank of the information on the effects
         np.where(one_hot, np.nan, WALK),
         1,
     ),
-    "a covariate that is one all the time": (lambda: level_and(np.ones(T)), WALK, 2),
+    "a covariate that is one all the time": (lambda: level_and(np.ones(T)), WALK, 1),
     "a dummy alone that is never on": (lambda: effects_alone(np.zeros((T, 1))), WALK, 0),
     "a missing series": (two_levels, np.stack([WALK, np.full(T, np.nan)], axis=1), 1),
     "collinear covariates": (lambda: effects_alone(np.stack([X, 2 * X], axis=1)), WALK, 1),
