@@ -19,6 +19,12 @@ from random_models import (
     smooth,
 )
 
+# Proper starts whose moments have been wrong in one form or the other, by up to 1e18.
+ONCE_WRONG = {
+    "two states": (7, 193, 378, 397),
+    "four states": (53, 112, 116, 135, 149, 157, 171, 279, 297, 332, 378, 383),
+    "one state": (),
+}
 CASES = [(shape, mask) for shape in SHAPES for mask in masks(SHAPES[shape])]
 
 
@@ -147,8 +153,8 @@ def check_models(shape, mask, backend, form, numbers):
 @pytest.mark.parametrize("shape, mask", CASES)
 @pytest.mark.parametrize("backend, form", FEW_WAYS)
 def test_every_rank(shape, mask, backend, form):
-    """Filter, smoother, neighbours and likelihood of 40 models."""
-    check_models(shape, mask, backend, form, range(40))
+    """Filter, smoother, neighbours and likelihood of about 50 models."""
+    check_models(shape, mask, backend, form, [*range(40), *ONCE_WRONG[shape]])
 
 
 @pytest.mark.parametrize("mask", ["proper", "diffuse"])
