@@ -173,8 +173,7 @@ def go_back(entries: Entries, q: Array, matrix: Array) -> tuple[Array, Array]:
     def back(carry: tuple[Array, Array], entry: Entries) -> tuple[tuple[Array, Array], None]:
         q, matrix = carry
         h, k, v, weight = entry
-        v, weight = lanes.align(v, 0, weight, 0)
-        u = v * weight - dot(k, q)
+        u = lanes.multiply_numbers(v, weight) - dot(k, q)
         return (lanes.add(q, lanes.scale(h, u)), Covariance().correct(matrix, k, weight, h)), None
 
     rows, gains, residuals, precisions = entries

@@ -100,7 +100,7 @@ class Covariance:
             Bierman (1977), Factorization Methods for Discrete Sequential Estimation, Sec. II.7.
         """
         left = lanes.materialize(stored - outer(gain, matvec(stored, row)))
-        right = lanes.scale(gain, variance) - matvec(left, row)
+        right = lanes.add(lanes.scale(gain, variance), -matvec(left, row))
         return symmetrize(lanes.materialize(left + outer(right, gain)))
 
     def accumulate(self, stored: Array, low: Array, columns: Array) -> tuple[Array, Array]:

@@ -274,6 +274,12 @@ def multiply(x: Shaped[Array, "n *lanes_x"], y: Shaped[Array, "n *lanes_y"]) -> 
     return x * y
 
 
+def multiply_numbers(a: Shaped[Array, "*lanes_a"], b: Shaped[Array, "*lanes_b"]) -> Array:
+    r"""Multiply two numbers in every lane."""
+    a, b = align(a, 0, b, 0)
+    return a * b
+
+
 def scale(x: Shaped[Array, "n *lanes_x"], factor: Shaped[Array, "*lanes_f"]) -> Array:
     r"""Multiply a vector with a number in every lane, shape (n, lanes)."""
     x, factor = align(x, 1, factor, 0)
