@@ -11,6 +11,7 @@ from elkax.gaussian.diagonal import DiagonalKalmanFilter, DiagonalStep
 from elkax.gaussian.costates import BrysonFrazier, Reverse
 from elkax.gaussian.markov import GaussMarkov, Transition
 from elkax.gaussian.model import constant_part, over_time
+from elkax.gaussian.square_root import Turn
 from elkax.gaussian.whitened import After, Whitened
 from elkax.scan import Affine
 
@@ -83,26 +84,22 @@ def diagonal_kalman(length):
 
 
 def smoother(length):
-    """The Kalman case and something for its filter to have found."""
+    """Rotations and measurements of random noise, and factors of what the filter may have found."""
     rng = np.random.default_rng(4)
     form = SquareRoot()
-    case = kalman(length, form=form)
-    factors = jax.vmap(form.encode)(jnp.asarray(_covariances(rng, length, 3)))
-    update = rng.normal(size=(length, 2)), rng.uniform(0.5, 2.0, (length, 2)) * (
-        rng.uniform(size=(length, 2)) > 0.2
+    whole = np.linalg.qr(rng.normal(size=(length, 6, 6)))[0]
+    shrink = np.tril(rng.normal(size=(length, 3, 3)))
+    shrink = 0.9 * shrink / np.linalg.norm(shrink, axis=(1, 2), ord=2, keepdims=True)
+    turn = Turn(
+        whole[:, :3, :3] - np.eye(3), whole[:, :3, 3:], shrink - np.eye(3), rng.normal(size=(length, 3))
     )
+    factors = jax.vmap(form.encode)(jnp.asarray(_covariances(rng, length + 1, 3)))
     mean = jnp.asarray(rng.normal(size=(length, 3)))
     xs = After(
-        case.xs.weights,
-        case.xs.noise,
-        case.xs.rows,
-        case.xs.variances,
-        jax.tree.map(jnp.asarray, update),
-        jnp.arange(length) < 0.9 * length,
-        (mean, jnp.zeros_like(mean), factors),
+        jax.tree.map(jnp.asarray, turn), mean, jnp.zeros_like(mean), factors[:-1], factors[1:]
     )
     start = form.encode(jnp.asarray(_covariances(rng, 1, 3)[0]))
-    return Case(Whitened(3, form, case.scannable.fixed), (jnp.zeros(3), start), xs)
+    return Case(Whitened(3, form), (jnp.zeros(3), start), xs)
 
 
 def costates(length, *, moments):

@@ -42,20 +42,23 @@ def encode_model(model: Model, form: Any) -> Model:
     )
 
 
-def filter_model(model: Model, form: Any, backend: Backend | None) -> FilterOutput:
+def filter_model(
+    model: Model, form: Any, backend: Backend | None, *, turning: bool = False
+) -> FilterOutput:
     """Run the Kalman filter over a model.
 
     Args:
         model: covariances themselves, not yet stored in `form`.
         form: how covariances are stored while filtering.
         backend: how to run the recurrence.
+        turning: see `KalmanFilter`.
 
     Returns:
         Output of every step, covariances stored in `form`.
     """
     stored = encode_model(model, form)
     length, size = len(model.first), len(model.initial_mean)
-    kalman = KalmanFilter(constant_part(stored), form)
+    kalman = KalmanFilter(constant_part(stored), form, turning)
     xs = over_time(lambda field, rank: field, stored)
     start = kalman.begin(model.initial_mean.dtype)
     if model.unknown is None or runs_in_sequence(backend, length, size):

@@ -14,6 +14,7 @@ from elkax.gaussian.covariance import Covariance
 from elkax.gaussian.factor import cho_solve, psd_cholesky
 from elkax.gaussian.model import MEANS_AND_DATA, RANKS, Model, merge
 from elkax.gaussian.rounding import contradicts, of_correction, of_prediction, tells_nothing
+from elkax.gaussian.square_root import Turn
 from elkax.gaussian.unknown import determine, propagate, see
 from elkax.scan import lanes
 from elkax.scan.lanes import (
@@ -61,6 +62,7 @@ class FilterOutput(NamedTuple):
             place of an infinite one $-f^\top f$, see `elkax.gaussian.unknown`.
         observed: (N,) False where missing.
         unknown: $U$ after the step, None if there never was any.
+        turn: how the noise of the earlier state turned into this one's, None if not asked for.
     """
 
     mean: Array
@@ -71,6 +73,7 @@ class FilterOutput(NamedTuple):
     variance: Array
     observed: Array
     unknown: Array | None = None
+    turn: Turn | None = None
 
 
 def find_precision(observed: Array, variance: Array) -> Array:
@@ -135,7 +138,9 @@ class Summary(NamedTuple):
     error: Array | None = None
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["fixed"], meta_fields=["form"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["fixed"], meta_fields=["form", "turning"]
+)
 @dataclass(frozen=True)
 class KalmanFilter:
     r"""The Kalman filter: a step predicts, then conditions on $y_t$ entry by entry.
@@ -148,10 +153,13 @@ class KalmanFilter:
     Args:
         fixed: the constant part of a `Model`.
         form: how covariances are stored.
+        turning: whether to give what a smoother of factors needs, see `Turn`; nothing may then be
+            unknown.
     """
 
     fixed: Model
     form: Any
+    turning: bool = False
 
     def begin(self, dtype: DTypeLike) -> State:
         """Give the state before the first step: exactly zero, since that step brings the start."""
@@ -170,13 +178,13 @@ class KalmanFilter:
         """Predict and update."""
         model = merge(self.fixed, x)
         state = _widen(state, model)
-        prior = self.predict(model, state)
+        prior, turn = self._predict(model, state)
         mean, low, cov, error, unknown = prior
         # Series with covariances in common have lanes in their means alone.
         cov, mean, low, error, unknown = materialize((cov, mean, low, error, unknown), 2, 1, 1, 2, 2)
 
         def update(carry: tuple, entry: tuple) -> tuple[tuple, tuple[Array, Array, Array]]:
-            shift, cov, error, unknown = carry
+            shift, cov, error, unknown, turn = carry
             h, variance, value, used = entry
             projection, s = self.form.project(cov, h, variance)
             residual = value - dot(h, mean) - dot(h, shift)
@@ -189,8 +197,10 @@ class KalmanFilter:
             # Zero times a non-finite entry keeps it visible, where a selection would hide it.
             projection = projection * active
             gain = self.form.gain(cov, projection) / s
-            s, new = jnp.where(zero, 0.0, s), jnp.zeros_like(zero)
-            if unknown is None:
+            new = jnp.zeros_like(zero)
+            if turn is not None:
+                after, turn = self.form.update_turned(cov, turn, projection, variance, s, residual)
+            elif unknown is None:
                 after = self.form.update(cov, h, projection, variance, s, gain)
             else:
                 gain, s, unknown, new = _determine(unknown, h, used, gain, s)
@@ -199,19 +209,23 @@ class KalmanFilter:
                 error = of_correction(self.form, error, cov, h, variance, gain)
             shift = shift + lanes.scale(gain, residual)
             reported = jnp.where(_silent(zero, new, against), 0.0, residual) * used
-            return (shift, after, error, unknown), (gain, reported, s)
+            s = jnp.where(zero & ~new, 0.0, s)
+            return (shift, after, error, unknown, turn), (gain, reported, s)
 
-        start = (low, cov, error, unknown)
-        (shift, cov, error, unknown), found = fold_rows(update, start, entries(model))
+        if turn is not None:
+            turn = turn._replace(shift=lanes.give_lanes(turn.shift, 1, (mean, 1)))
+        start = (low, cov, error, unknown, turn)
+        (shift, cov, error, unknown, turn), found = fold_rows(update, start, entries(model))
         gain, residual, variance = found
         mean, rest = two_sum(mean, shift)
         after = State(mean, rest, cov, error, unknown)
         if model.valid is not None:
             after = jax.tree.map(lambda a, b: jnp.where(model.valid, a, b), after, state)
+            turn = jax.tree.map(lambda a: jnp.where(model.valid, a, 0.0), turn)
         mean, rest, cov, _, unknown = after
         cov, _ = lanes.halves(cov)
         return after, FilterOutput(
-            mean, rest, cov, gain, residual, variance, model.observed, unknown
+            mean, rest, cov, gain, residual, variance, model.observed, unknown, turn
         )
 
     def identity(self, lane_shape: tuple[int, ...], dtype: DTypeLike) -> Summary:
@@ -360,6 +374,9 @@ class KalmanFilter:
 
     def predict(self, model: Model, state: State) -> State:
         """Predict one step; before the first one the state is exactly zero."""
+        return self._predict(model, state)[0]
+
+    def _predict(self, model: Model, state: State) -> tuple[State, Turn | None]:
         mean, low, cov, error, unknown = state
         offset = lanes.blend(model.first, model.initial_mean, model.offset, 1)
         near, rest = lanes.split_identity(model.weights)
@@ -373,8 +390,12 @@ class KalmanFilter:
             start, size = jnp.asarray(model.unknown), len(near)
             unknown = propagate(model.weights, unknown)
             unknown = unknown.at[:size].add(lanes.scale_by(start[:size], model.first))
-        cov = self.form.predict(model.weights, cov, noise)
-        return State(*two_sum(near * mean, change), cov, error, unknown)
+        turn = None
+        if self.turning:
+            cov, turn = self.form.predict_turned(model.weights, cov, noise)
+        else:
+            cov = self.form.predict(model.weights, cov, noise)
+        return State(*two_sum(near * mean, change), cov, error, unknown), turn
 
 
 def _determine(

@@ -1,6 +1,7 @@
 """Square-root form: a covariance is stored as a lower factor."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,25 @@ from jaxtyping import Array, Float
 from elkax.gaussian.factor import gram, psd_cholesky, solve_lower, tria, tria_change
 from elkax.scan import lanes
 from elkax.scan.lanes import dot, halves, materialize, matmul, matvec, outer, transpose
+
+
+class Turn(NamedTuple):
+    r"""How the noise of a state turns into that of the next one, see `Whitened`.
+
+    With $[FL, L_Q]\Theta = [L_+, 0]$, and $w = a + \Gamma x$ what a measurement tells of the noise of
+    $z_+ = m_+ + L_+w$. What is near the identity is held as what differs from it.
+
+    Attributes:
+        turned: $\Theta_{11} - I$ (D, D).
+        rest: $\Theta_{12}$ (D, D).
+        gamma: $\Gamma - I$ (D, D).
+        shift: $a$ (D,).
+    """
+
+    turned: Array
+    rest: Array
+    gamma: Array
+    shift: Array
 
 
 @dataclass(frozen=True)
@@ -64,6 +84,41 @@ class SquareRoot:
             return tria(beside(materialize(kept + change), noise))
         change = tria_change(kept, beside(materialize(change), noise))
         return lanes.with_rest(*lanes.two_sum(*lanes.align(kept, 2, change, 2)))
+
+    def predict_turned(self, weights: Array, stored: Array, noise: Array) -> tuple[Array, Turn]:
+        r"""Predict, and tell how the noise of the state turns into that of the prediction.
+
+        Returns:
+            The factor $L_+$, and the start of a `Turn`.
+        """
+        noise, _ = halves(noise)
+        size = noise.shape[0]
+        kept, change = lanes.advance_apart(weights, stored)
+        change, turned = tria_change(kept, beside(materialize(change), noise), turned=True)
+        kept, change = lanes.align(kept, 2, change, 2)
+        gamma = jnp.zeros_like(change)
+        turn = Turn(turned[:, :size], turned[:, size:], gamma, gamma[:, 0])
+        if halves(stored)[1] is None:
+            return materialize(kept + change), turn
+        return lanes.with_rest(*lanes.two_sum(kept, change)), turn
+
+    def update_turned(
+        self, stored: Array, turn: Turn, projection: Array, variance: Array, s: Array, v: Array
+    ) -> tuple[Array, Turn]:
+        """Condition as `update` does, and go on with a `Turn`; v is the innovation."""
+        factor, low = halves(stored)
+        size = factor.shape[0]
+        told = lanes.add(projection, matvec(turn.gamma, projection))
+        told = lanes.scale(told, 1.0 / s)
+        eye = lanes.identity(size, factor.shape[2:], factor.dtype)
+        both = jnp.concatenate((factor, eye + turn.gamma))
+        keep, kept, change = shrink_columns(both, projection, variance)
+        gamma = keep[None] * turn.gamma + change[size:] + (keep - 1.0)[None] * eye
+        turn = turn._replace(gamma=gamma, shift=lanes.add(turn.shift, lanes.scale(told, v)))
+        kept, change = kept[:size], change[:size]
+        if low is None:
+            return kept + change, turn
+        return lanes.with_rest(*lanes.two_sum(kept, keep[None] * low + change)), turn
 
     def project(self, stored: Array, row: Array, variance: Array) -> tuple[Array, Array]:
         r"""Compute $f = L^\top h$ and $s = f^\top f + r$; arguments as `Covariance.project`."""
@@ -151,7 +206,9 @@ def shrink_columns(
     safe = jnp.where(some, from_here, 1.0)
     shrink = jnp.where(some, jnp.sqrt(later / safe), 1.0)
     left = some & (later > 0)
-    weight = f * jnp.where(left, jax.lax.rsqrt(jnp.where(left, later, 1.0) * safe), 0.0)
+    # Each by itself, for their product may underflow.
+    inverse = jax.lax.rsqrt(jnp.where(left, later, 1.0)) * jax.lax.rsqrt(safe)
+    weight = f * jnp.where(left, inverse, 0.0)
     # Where little is taken away, 1 - shrink without the difference, so that it rounds once.
     loss = jnp.where(some, f * f / (safe * (1.0 + shrink)), 0.0)
     little = shrink > 0.5

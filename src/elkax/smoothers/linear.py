@@ -13,7 +13,7 @@ from dynamax.linear_gaussian_ssm import (
 )
 from jaxtyping import Array, ArrayLike
 
-from elkax.gaussian import Covariance, Form, Model
+from elkax.gaussian import Covariance, Form, Model, SquareRoot
 from elkax.gaussian.costates import filter_model
 from elkax.gaussian.decorrelation import uncorrelate
 from elkax.gaussian.effects import combine_columns, estimate, over_effects, spread, undetermined
@@ -51,10 +51,11 @@ def filter_and_smooth(model: Model, form: Any, backend: Backend | None) -> Filte
         return FilterSmoother(filtered, smooth(model, filtered, Covariance(), backend))
 
     def in_form(model: Model) -> FilterSmoother:
-        filtered = filter_model(model, form, backend)
+        turning = isinstance(form, SquareRoot)
+        filtered = filter_model(model, form, backend, turning=turning)
         smoothed = smooth(model, filtered, form, backend)
         cov = from_lanes(form.decode(to_lanes(filtered.cov)))
-        return FilterSmoother(filtered._replace(cov=cov), smoothed)
+        return FilterSmoother(filtered._replace(cov=cov, turn=None), smoothed)
 
     if isinstance(form, Covariance):
         return in_form(model)

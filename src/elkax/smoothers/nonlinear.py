@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from elkax.gaussian import Covariance, FilterOutput, Form, KalmanFilter, Model
+from elkax.gaussian import Covariance, FilterOutput, Form, KalmanFilter, Model, SquareRoot
 from elkax.gaussian.factor import cho_solve, psd_cholesky
 from elkax.gaussian.kalman import State, log_density
 from elkax.gaussian.markov import GaussMarkov, Transition
@@ -16,6 +16,7 @@ from elkax.gaussian.smoothing import Smoothed, smooth
 from elkax.linearize import Affine, Linearizer, Observation, Taylor
 from elkax.scan import Backend, run
 from elkax.scan.lanes import from_lanes, identity, matmul, matvec, to_lanes, transpose
+from elkax.smoothers.linear import filter_and_smooth
 from elkax.smoothers.linearization import Linearized, assemble, linearize, uncorrelated
 from elkax.smoothers.system import Data, System
 
@@ -130,8 +131,14 @@ def _update(
 
 
 def smooth_filtered(filtered: Filtered, form: Form, backend: Backend | None) -> Smoothed:
-    """Smooth what the nonlinear filter gave, linearized as it was."""
-    return smooth(filtered.linearized.model, filtered.output, form, backend)
+    """Smooth what the nonlinear filter gave, linearized as it was.
+
+    A smoother of factors needs to see how they turn, so the linear filter runs once more for it.
+    """
+    model = filtered.linearized.model
+    if isinstance(form, SquareRoot):
+        return filter_and_smooth(model, form, backend).smoothed
+    return smooth(model, filtered.output, form, backend)
 
 
 def smooth_moments(
