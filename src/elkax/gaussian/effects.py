@@ -27,13 +27,11 @@ class Effect(NamedTuple):
         mean: $\hat\delta$ (d,), zero where the data do not determine it.
         cov: $J^-$ (d, d), of the determined part, $J = E^\top E$.
         log_det: $\log\mathrm{pdet}J$, for effects in the units of the states.
-        undetermined: (d, d), columns that span what the data do not determine, others zero.
     """
 
     mean: Array
     cov: Array
     log_det: Array
-    undetermined: Array
 
 
 def given_effects(model: Model) -> Model:
@@ -87,7 +85,7 @@ def estimate(model: Model, columns: FilterOutput) -> tuple[Effect, Array]:
 
 
 @jax.custom_jvp
-def solve(units: Array, base: Array, scales: Array) -> tuple[Array, Array, Array, Array]:
+def solve(units: Array, base: Array, scales: Array) -> tuple[Array, Array, Array]:
     r"""Minimise $|e + E\delta|$ orthogonally, the rank being found with columns scaled to one.
 
     The derivative holds the rank and the undetermined directions fixed:
@@ -131,14 +129,14 @@ def solve(units: Array, base: Array, scales: Array) -> tuple[Array, Array, Array
     log_det = 2 * jnp.sum(jnp.log(jnp.where(known, values, 1.0)) + jnp.log(pivots))
     log_det = log_det + jnp.sum(~known) * jnp.log(largest) - 2 * jnp.sum(jnp.log(total))
     nothing = jnp.where(finite, 0.0, jnp.nan)
-    return mean + nothing, cov + nothing, log_det + nothing, scale[:, None] * unseen
+    return mean + nothing, cov + nothing, log_det + nothing
 
 
 @solve.defjvp
 def _solve_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     units, base, _ = primals
     d_units, d_base, _ = tangents
-    mean, cov, log_det, undetermined = solve(*primals)
+    mean, cov, log_det = solve(*primals)
 
     def product(a: Array, b: Array) -> Array:
         return jnp.matmul(a, b, precision="highest")
@@ -149,8 +147,7 @@ def _solve_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     half = product(units.T, d_units)
     d_cov = -product(cov, product(half + half.T, cov))
     d_log_det = 2 * jnp.sum(cov * half)
-    changes = d_mean, d_cov, d_log_det, jnp.zeros_like(undetermined)
-    return (mean, cov, log_det, undetermined), changes
+    return (mean, cov, log_det), (d_mean, d_cov, d_log_det)
 
 
 def combine_columns(columns: Array, effect: Effect) -> Array:
@@ -172,11 +169,3 @@ def spread(columns: Array, effect: Effect, other: Array | None = None) -> Array:
     half = jnp.matmul(left, effect.cov, precision="highest")
     return jnp.matmul(half, jnp.swapaxes(right, -1, -2), precision="highest")
 
-
-def undetermined(columns: Array, effect: Effect) -> Array:
-    """Give what of (T, D) states the data do not determine, (T, D, d); zero what they do."""
-    change = jnp.moveaxis(columns[1:], 0, -1)
-    found = jnp.matmul(change, effect.undetermined, precision="highest")
-    terms = jnp.matmul(jnp.abs(change), jnp.abs(effect.undetermined), precision="highest")
-    small = jnp.abs(found) <= 10 * LEVEL * jnp.finfo(found.dtype).eps * terms
-    return jax.lax.stop_gradient(jnp.where(small, 0.0, found))

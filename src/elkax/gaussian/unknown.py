@@ -17,8 +17,9 @@ from jaxtyping import Array
 from elkax.scan import lanes
 from elkax.scan.lanes import dot, matvec, transpose
 
-# In units of rounding, how much of a sum of terms is taken for what rounding left of them.
-LEVEL = 16
+# In units of rounding, how much of a sum of terms is taken for what rounding left of them: in one
+# operation, and over all steps in which a direction was never seen.
+LEVEL, LEVEL_OVER_TIME = 16, 1000
 
 
 def start(rows: Array) -> Array:
@@ -41,7 +42,8 @@ def propagate(weights: Array, unknown: Array) -> Array:
 def see(unknown: Array, row: Array) -> Array:
     r"""Compute $f = U^\top h$."""
     states = transpose(unknown[: row.shape[0]])
-    return _clean(matvec(states, row), matvec(jnp.abs(states), jnp.abs(row)))
+    terms = matvec(jnp.abs(states), jnp.abs(row))
+    return _clean(matvec(states, row), terms, LEVEL_OVER_TIME)
 
 
 def determine(unknown: Array, seen: Array, where: Array) -> Array:
@@ -67,10 +69,28 @@ def determine(unknown: Array, seen: Array, where: Array) -> Array:
     return jnp.where(where, rotated * (1.0 - one)[None], unknown)
 
 
-def _clean(value: Array, terms: Array) -> Array:
+def _clean(value: Array, terms: Array, units: int = LEVEL) -> Array:
     """Put zero where a sum is at the level of the rounding of its terms."""
-    level = LEVEL * jnp.finfo(value.dtype).eps * jax.lax.stop_gradient(terms)
+    level = units * jnp.finfo(value.dtype).eps * jax.lax.stop_gradient(terms)
     return jnp.where(jnp.abs(value) <= level, 0.0, value)
+
+
+def never_seen(unknown: Array, size: int) -> Array:
+    r"""Give what of the states all data leave unknown, (T, D, d), zero where they determine it.
+
+    What is left of the rotation at the end, W, was never seen: $U_tR_t^\top W$ with the rotation
+    $R_t$ at t is how the states depend on it.
+
+    Args:
+        unknown: $U$ (T, D + d, d) after every step.
+        size: D.
+    """
+    rotation, last = unknown[:, size:], unknown[-1, size:]
+    turn = jnp.matmul(jnp.swapaxes(rotation, 1, 2), last, precision="highest")
+    states = unknown[:, :size]
+    found = jnp.matmul(states, turn, precision="highest")
+    terms = jnp.matmul(jnp.abs(states), jnp.abs(turn), precision="highest")
+    return jax.lax.stop_gradient(_clean(found, terms, LEVEL_OVER_TIME))
 
 
 def log_rotation(unknown: Array, first: Array) -> Array:

@@ -16,12 +16,12 @@ from jaxtyping import Array, ArrayLike
 from elkax.gaussian import Covariance, Form, Model, SquareRoot
 from elkax.gaussian.costates import filter_model
 from elkax.gaussian.decorrelation import uncorrelate
-from elkax.gaussian.effects import combine_columns, estimate, over_effects, spread, undetermined
+from elkax.gaussian.effects import combine_columns, estimate, over_effects, spread
 from elkax.gaussian.kalman import FilterOutput, log_density
 from elkax.gaussian.score import filter_moments, log_likelihood, with_derivative_of
 from elkax.gaussian.sharing import share_mask
 from elkax.gaussian.smoothing import Smoothed, smooth
-from elkax.gaussian.unknown import log_rotation
+from elkax.gaussian.unknown import log_rotation, never_seen
 from elkax.scan import Backend
 from elkax.scan.lanes import from_lanes, to_lanes
 from elkax.smoothers.checks import check_observed
@@ -170,15 +170,17 @@ def poison(value: Array, finite: Array) -> Array:
     return jnp.where(finite, value, jnp.nan)
 
 
-def _filtered(model: Model, form: Form, backend: Backend | None) -> tuple[Array, Moments]:
-    """Filter: the log-likelihood and the moments."""
+def _filtered(model: Model, form: Form, backend: Backend | None) -> Inference:
+    """Filter: the log-likelihood and the moments; in the smoothed ones only what stays unknown."""
     filtered = filter_moments(model, form, backend)
     value = jnp.sum(log_density(filtered))
-    if filtered.unknown is None:
-        return value, Moments(filtered.mean, filtered.cov, None)
-    value = value + log_rotation(filtered.unknown[-1], jnp.asarray(model.unknown))
-    states = jax.lax.stop_gradient(filtered.unknown[:, : filtered.mean.shape[-1]])
-    return value, Moments(filtered.mean, filtered.cov, states)
+    mean, cov, unknown = filtered.mean, filtered.cov, filtered.unknown
+    if unknown is None:
+        return Inference(value, Moments(mean, cov, None))
+    size = mean.shape[-1]
+    value = value + log_rotation(unknown[-1], jnp.asarray(model.unknown))
+    past = Moments(mean, cov, jax.lax.stop_gradient(unknown[:, :size]))
+    return Inference(value, past, Moments(mean, cov, never_seen(unknown, size)))
 
 
 @partial(jax.jit, static_argnames=("form", "backend"))
@@ -186,8 +188,8 @@ def infer_filtered(
     model: Model, finite: Array, *, form: Form, backend: Backend | None
 ) -> Inference:
     """Filter a prepared model."""
-    value, moments = share_mask(lambda m: _filtered(m, form, backend), model)
-    return Inference(poison(value, finite), moments)
+    found = share_mask(lambda m: _filtered(m, form, backend), model)
+    return Inference(poison(found.value, finite), found.filtered)
 
 
 @partial(jax.jit, static_argnames=("form", "backend"))
@@ -204,25 +206,42 @@ def infer_smoothed(
             return Inference(
                 value, past, Moments(smoothed.mean, smoothed.cov, None), smoothed.lagged
             )
-        past = _filtered(model, form, backend)[1]
-        return smooth_effects(model, form, backend)._replace(filtered=past)
+        past = _filtered(model, form, backend)
+        found = smooth_effects(model, form, backend)
+        mean, cov, lagged = found.smoothed
+        unknown = None if past.smoothed is None else past.smoothed.unknown
+        return Inference(found.value, past.filtered, Moments(mean, cov, unknown), lagged)
 
     found = share_mask(solve, model)
     return found._replace(value=poison(found.value, finite))
 
 
-def smooth_effects(model: Model, form: Form, backend: Backend | None) -> Inference:
-    """Smooth given unknown effects, and integrate these out; filtered moments are left alone."""
+class EffectsIntegrated(NamedTuple):
+    """Smoothed moments and the log-likelihood, unknown effects integrated out."""
+
+    value: Array
+    smoothed: Smoothed
+
+
+def smooth_effects(model: Model, form: Form, backend: Backend | None) -> EffectsIntegrated:
+    """Smooth given unknown effects, and integrate these out.
+
+    Numbers where the data leave a state unknown are no moments of it: see `unseen_states`.
+    """
     model = uncorrelate(model)
     columns, given = over_effects(lambda m: filter_and_smooth(m, form, backend), model)
     effect, value = estimate(model, columns)
-    moments = Moments(
-        combine_columns(given.mean, effect)[0],
-        given.cov[0] + spread(given.mean, effect),
-        undetermined(given.mean, effect),
-    )
+    mean = combine_columns(given.mean, effect)[0]
+    cov = given.cov[0] + spread(given.mean, effect)
     lagged = given.lagged[0] + spread(given.mean[:, :-1], effect, given.mean[:, 1:])
-    return Inference(value, moments, moments, lagged)
+    return EffectsIntegrated(value, Smoothed(mean, cov, lagged))
+
+
+def unseen_states(model: Model, form: Form, backend: Backend | None) -> Array:
+    """Tell which states all data leave unknown (T, D), for a model with unknown effects."""
+    states = _filtered(model, form, backend).smoothed
+    assert states is not None
+    return states.is_unknown()
 
 
 @partial(jax.jit, static_argnames=("form", "backend"))

@@ -13,7 +13,7 @@ from elkax.gaussian.decorrelation import uncorrelate
 from elkax.gaussian.factor import psd_cholesky
 from elkax.scan import Backend, affine_scan
 from elkax.scan.lanes import from_lanes, matvec, to_lanes
-from elkax.smoothers.linear import Initial, filter_and_smooth, setup, smooth_effects
+from elkax.smoothers.linear import Initial, filter_and_smooth, setup, smooth_effects, unseen_states
 from elkax.smoothers.prepare import Problem, check_backend, check_count, is_concrete
 
 Key = PRNGKeyArray | UInt32[Array, "2"]
@@ -180,11 +180,12 @@ def draw_posterior(
         return states + smoothed_mean(centred, form, backend)
 
     draws = jax.vmap(correct)(jr.split(key, num_samples or 1))
+    if model.unknown is not None:
+        draws = jnp.where(unseen_states(model, form, backend), jnp.nan, draws)
     return draws[0] if num_samples is None else draws
 
 
 def smoothed_mean(model: Model, form: Form, backend: Backend | None) -> Array:
-    """Return the smoothed means (T, D), NaN where the data do not determine a state."""
-    if model.unknown is None:
-        return filter_and_smooth(model, form, backend).smoothed.mean
-    return smooth_effects(model, form, backend).filtered.shown()[0]
+    """Return the smoothed means (T, D), any number where the data leave a state unknown."""
+    solve = filter_and_smooth if model.unknown is None else smooth_effects
+    return solve(model, form, backend).smoothed.mean
