@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import dynamax.linear_gaussian_ssm as dynamax_models
 import jax
 import jax.numpy as jnp
 from dynamax.linear_gaussian_ssm import (
@@ -10,18 +9,18 @@ from dynamax.linear_gaussian_ssm import (
     PosteriorGSSMFiltered,
     PosteriorGSSMSmoothed,
 )
-from dynamax.parameters import ensure_all_or_none_trainable
 from dynamax.utils.utils import ensure_array_has_batch_dim
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
 
-from elkax.models.completion import EmissionModel, complete
-from elkax.models.expectation import expected_statistics
 from elkax.models.free_parameters import FreeParameters
 from elkax.models.information import parameter_errors
+from elkax.models.learning import LearnedLinearGaussianSSM
 from elkax.scan import Backend
 from elkax.smoothers import (
+    ExactDiffuse,
     Forecast,
+    Stationary,
     lgssm_filter,
     lgssm_forecast,
     lgssm_joint_sample,
@@ -32,14 +31,14 @@ from elkax.smoothers import (
 from elkax.smoothers.prepare import prepare
 
 
-class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
+class LinearGaussianSSM(LearnedLinearGaussianSSM):
     r"""Linear-Gaussian state-space model.
 
     $$z_1 \sim N(m, S),\quad z_t \sim N(F_t z_{t-1} + B_t u_t + b_t, Q_t),\quad
       y_t \sim N(H_t z_t + D_t u_t + d_t, R_t)$$
 
-    This is dynamax's class of the same name: `initialize`, `fit_em`, `fit_sgd`, priors, parameter
-    properties and the distributions are inherited. Inference runs in parallel over time, takes
+    This is dynamax's class of the same name: `initialize`, priors, parameter properties and the
+    distributions are inherited. Inference runs in parallel over time, takes
     NaN as missing, and singular covariances. Emissions are (T, N) and inputs (T, U); index t of the
     inputs enters the step into $z_t$ and the emission at t, index 0 only the emission.
 
@@ -51,6 +50,7 @@ class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
         has_emissions_bias: whether there is $d$.
         backend: how sequences are run; chosen from T and D if None.
         form: "covariance" or "square_root", how covariances are stored while filtering.
+        initial: `Stationary()` or `ExactDiffuse()` in place of the initial distribution.
     """
 
     def __init__(
@@ -63,15 +63,17 @@ class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
         *,
         backend: Backend | None = None,
         form: str = "covariance",
+        initial: Stationary | ExactDiffuse | None = None,
     ) -> None:
         """Set the dimensions and the strategy; see the class."""
         super().__init__(state_dim, emission_dim, input_dim, has_dynamics_bias, has_emissions_bias)
         self.backend = backend
         self.form = form
+        self.initial = initial
 
     @property
     def _strategy(self) -> dict[str, Any]:
-        return {"backend": self.backend, "form": self.form}
+        return {"backend": self.backend, "form": self.form, "initial": self.initial}
 
     def sample(
         self,
@@ -165,61 +167,6 @@ class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
         return lgssm_forecast(
             params, emissions, num_forecast_timesteps, inputs, forecast_inputs, **self._strategy
         )
-
-    def e_step(
-        self,
-        params: ParamsLGSSM,
-        emissions: Num[ArrayLike, "T N"],
-        inputs: Num[ArrayLike, "T U"] | None = None,
-    ) -> tuple[tuple, Float[Array, ""]]:
-        r"""Compute the expected sufficient statistics of one sequence, gaps allowed.
-
-        The expectations are over the states and the missing emissions given what was observed, so
-        that an M-step on them does not lower the log-likelihood (up to rounding, and to the 1e-9
-        that dynamax's M-step adds to the diagonal of its normal equations).
-
-        Returns:
-            Statistics as `m_step` takes them, see `expected_statistics`, and the log-likelihood.
-        """
-        posterior = self.smoother(params, emissions, inputs)
-        problem = prepare(params, emissions, inputs)
-        completed = complete(
-            problem.emissions,
-            EmissionModel(problem.weights, problem.offset, problem.cov),
-            posterior.smoothed_means,
-            posterior.smoothed_covariances,
-            diagonal=problem.diagonal,
-        )
-        length, dtype = problem.emissions.shape[0], problem.emissions.dtype
-        u = jnp.zeros((length, 0), dtype) if inputs is None else jnp.asarray(inputs, dtype)
-        statistics = expected_statistics(
-            posterior,
-            completed,
-            u,
-            has_dynamics_bias=self.has_dynamics_bias,
-            has_emissions_bias=self.has_emissions_bias,
-        )
-        return statistics, jnp.asarray(posterior.marginal_loglik)
-
-    def m_step(
-        self,
-        params: ParamsLGSSM,
-        props: ParamsLGSSM,
-        batch_stats: tuple,
-        m_step_state: Any,
-    ) -> tuple[ParamsLGSSM, Any]:
-        r"""Maximise the expected log-likelihood of a batch, as dynamax does but for one term.
-
-        The covariance of the initial state is $\tfrac1B\sum_b E z_1z_1^\top - mm^\top$ with
-        $m = \tfrac1B\sum_b E z_1$. dynamax 1.0.3 subtracts $B mm^\top$, which is the same for one
-        sequence, and for more of them is no covariance in general.
-        """
-        fitted, state = super().m_step(params, props, batch_stats, m_step_state)
-        if not ensure_all_or_none_trainable(props, what="parameters"):
-            return fitted, state
-        total, second, count = (jnp.sum(each, axis=0) for each in batch_stats[0])
-        cov = second / count - jnp.outer(total / count, total / count)
-        return fitted._replace(initial=fitted.initial._replace(cov=cov)), state
 
     def standard_errors(
         self,
