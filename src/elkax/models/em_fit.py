@@ -192,7 +192,7 @@ def _judge(old: ParamsLGSSM, new: ParamsLGSSM, props: ParamsLGSSM, limits: Limit
     verdict = jnp.where(finite, Ending.NONE, Ending.NOT_FINITE)
     if ("emissions", "cov") not in free:
         return verdict
-    before, after = old.emissions.cov, new.emissions.cov
+    before, after = jnp.asarray(old.emissions.cov), jnp.asarray(new.emissions.cov)
     if after.ndim == 2:
         singular = ~_is_regular(after) & _is_regular(before)
         verdict = jnp.where(finite & singular, Ending.SINGULAR, verdict)
@@ -242,7 +242,7 @@ def _lift(params: ParamsLGSSM, floor: Array) -> ParamsLGSSM:
     $\mathrm{diag}(f)^{-1/2} S\, \mathrm{diag}(f)^{-1/2} = V\Lambda V^\top$ it is
     $V\max(\Lambda, 1)V^\top$, scaled back.
     """
-    cov = params.emissions.cov
+    cov = jnp.asarray(params.emissions.cov)
     if cov.ndim == 1:
         lifted = jnp.maximum(cov, floor)
     else:

@@ -4,6 +4,7 @@ import warnings
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from dynamax.linear_gaussian_ssm import ParamsLGSSM
 from jaxtyping import Array
@@ -169,8 +170,7 @@ def _undetermined(fit: Fit, params: ParamsLGSSM) -> list[int]:
 
 
 def _variances(cov: Array) -> np.ndarray:
-    cov = np.asarray(cov)
-    return cov if cov.ndim == 1 else np.diagonal(cov)
+    return np.asarray(cov if cov.ndim == 1 else jnp.diagonal(cov))
 
 
 def _list(what: str, indices: list[int] | np.ndarray) -> str:

@@ -127,13 +127,13 @@ def left_by(params: ParamsLGSSM, statistics: tuple) -> tuple[Left, Left, Left]:
         inputs, bias = group.input_weights, group.bias
         if inputs is None:
             inputs = jnp.zeros((rows, size - columns - (bias is not None)))
-        bias = jnp.zeros((rows, 0)) if bias is None else bias[:, None]
+        bias = jnp.zeros((rows, 0)) if bias is None else jnp.asarray(bias)[:, None]
         weights = jnp.concatenate((group.weights, inputs, bias), axis=1)
         return jnp.pad(weights, ((0, 0), (0, max(0, size - weights.shape[1]))))[:, :size]
 
     count = jnp.reshape(jnp.asarray(count, second.dtype), (1, 1))
     return (
-        leave(params.initial.mean[:, None], count, total[None], second),
+        leave(jnp.asarray(params.initial.mean)[:, None], count, total[None], second),
         leave(matrix(params.dynamics, len(dynamics[0])), *dynamics[:3]),
         leave(matrix(params.emissions, len(emissions[0])), *emissions[:3]),
     )

@@ -3,6 +3,7 @@
 import functools
 import math
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import tensorflow_probability.substrates.jax.bijectors as tfb
 from dynamax.linear_gaussian_ssm import ParamsLGSSM
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from elkax.models.em_maximisation import trainable
@@ -107,7 +109,7 @@ def _loss(
     params: ParamsLGSSM,
     props: ParamsLGSSM,
     batch: tuple[Array, Array | None],
-    scale: float,
+    scale: ArrayLike,
     *,
     model: StaticModel,
 ) -> tuple[Array, ParamsLGSSM]:
@@ -131,7 +133,7 @@ def _fitting_constrainers(params: ParamsLGSSM, props: ParamsLGSSM) -> ParamsLGSS
     value, prop = params.emissions.cov, props.emissions.cov
     size = value.shape[-1]
     variances = value.ndim == 1 or (value.ndim == 2 and value.shape != (size, size))
-    bijector = prop.constrainer
+    bijector: Any = prop.constrainer
     if not variances or bijector is None or bijector.inverse_min_event_ndims < 2:
         return props
     prop = type(prop)(prop.trainable, tfb.Exp())
