@@ -194,12 +194,12 @@ def test_a_variance_of_exactly_zero_stays():
 
 
 def walks(dtype=jnp.float64, series=2, length=20):
-    steps = np.random.default_rng(1).standard_normal((series, length, 3))
+    steps = np.random.default_rng(1).standard_normal((series, length, 2))
     return jnp.asarray(np.cumsum(steps, axis=1), dtype)
 
 
 BROKEN = {
-    "stuck": (lambda y: y.at[:, :, 2].set(5.0), "variance of channel 2 .it holds one value, 5."),
+    "stuck": (lambda y: y.at[:, :, 1].set(5.0), "variance of channel 1 .it holds one value, 5."),
     "zeros": (lambda y: 0.0 * y, "variance of channel 0 .it holds one value, 0."),
     "twice": (lambda y: y.at[:, :, 1].set(y[:, :, 0]), "singular, channels 0, 1 determine"),
 }
@@ -210,7 +210,7 @@ BROKEN = {
 def test_em_stops_in_words_at_a_collapse_and_a_floor_prevents_it(name, dtype):
     breaks, words = BROKEN[name]
     emissions = breaks(walks(dtype))
-    model = LinearGaussianSSM(2, 3)
+    model = LinearGaussianSSM(1, 2)
     params, props = model.initialize(jr.key(0))
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     with pytest.warns(UserWarning, match=f"stopped at iteration .* of 40: .*{words}"):
@@ -220,22 +220,23 @@ def test_em_stops_in_words_at_a_collapse_and_a_floor_prevents_it(name, dtype):
     best = sum(lgssm_marginal_log_prob(fitted, y) for y in emissions)
     np.testing.assert_allclose(best, np.max(values), rtol=1e-4)
 
-    floor = jnp.full(3, 1e-2, dtype)
+    floor = jnp.full(2, 1e-2, dtype)
     fitted, values = model.fit_em(
         params, props, emissions, num_iters=40, verbose=False, variance_floor=floor
     )
     assert len(values) == 40 and np.all(np.isfinite(values))
-    # Rounding of sums of 120 terms in float32.
+    # Rounding of sums of 80 terms in float32.
     assert np.min(np.diff(values)) > (-1e-9 if dtype == jnp.float64 else -1e-3)
     lowest = np.linalg.eigvalsh(np.asarray(fitted.emissions.cov, np.float64))[0]
     np.testing.assert_allclose(lowest, 1e-2, rtol=1e-4)
 
 
 def test_under_jit_and_vmap_the_best_is_kept_without_words():
-    model = LinearGaussianSSM(2, 3)
+    """A fit of its own for each of two series, of which one has a stuck channel."""
+    model = LinearGaussianSSM(1, 2)
     params, props = model.initialize(jr.key(0))
-    good = walks()
-    both = jnp.stack([good, good.at[:, :, 2].set(5.0)])
+    good = walks()[0]
+    both = jnp.stack([good, good.at[:, 1].set(5.0)])
 
     @jax.jit
     @jax.vmap
@@ -254,7 +255,7 @@ def test_under_jit_and_vmap_the_best_is_kept_without_words():
 
 
 def test_progress_is_shown_and_changes_nothing(capsys):
-    model = LinearGaussianSSM(1, 3)
+    model = LinearGaussianSSM(1, 2)
     params, props = model.initialize(jr.key(0))
     quiet, values = model.fit_em(params, props, walks(), num_iters=7, verbose=False)
     assert capsys.readouterr().out == ""
@@ -270,7 +271,7 @@ def test_progress_is_shown_and_changes_nothing(capsys):
 
 def test_lines_are_printed_where_there_is_no_progress_bar(capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "fastprogress.fastprogress", None)
-    model = LinearGaussianSSM(1, 3)
+    model = LinearGaussianSSM(1, 2)
     params, props = model.initialize(jr.key(0))
     model.fit_em(params, props, walks(), num_iters=2)
     lines = capsys.readouterr().out.splitlines()
@@ -279,7 +280,7 @@ def test_lines_are_printed_where_there_is_no_progress_bar(capsys, monkeypatch):
 
 def test_a_second_fit_compiles_nothing():
     def fit(emissions):
-        model = LinearGaussianSSM(1, 3)
+        model = LinearGaussianSSM(1, 2)
         params, props = model.initialize(jr.key(0))
         return model.fit_em(params, props, emissions, num_iters=3, verbose=False)
 
@@ -288,7 +289,7 @@ def test_a_second_fit_compiles_nothing():
     assert count_compilations(lambda: fit(second)) == 0
 
 
-SIZES = [(1, 1, 1), (1, 1, 2), (2, 1, 5), (1, 2, 5), (2, 2, 2), (2, 1, 1)]
+SIZES = [(1, 1, 1), (1, 1, 2), (2, 1, 5), (1, 2, 5), (2, 1, 1)]
 
 
 @pytest.mark.parametrize("D, N, length", SIZES)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from dynamax.linear_gaussian_ssm import ParamsLGSSM
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from elkax.models.em_maximisation import trainable
@@ -101,24 +102,26 @@ def run_em(
         refused=params,
     )
     limits = _limits(fit.emissions, params.emissions.cov, floor)
-    run = partial(_run, props=props, batch=batch, limits=limits, model=StaticModel(fit.model))
     # One step more than asked for, which evaluates what the last one led to.
     total = num_iters + 1
+    options = {"props": props, "batch": batch, "limits": limits, "total": total}
+    run = partial(_run, **options, model=StaticModel(fit.model))
     if print_every is None or not is_concrete(*jax.tree.leaves((batch, params))):
-        progress, (values, endings) = run(progress, num_steps=total)
+        progress, (values, endings) = run(progress, 0, num_steps=total)
     else:
+        num_steps = min(print_every, total)
         history = []
         with show_progress(num_iters) as show:
             for start in range(0, total, print_every):
-                progress, rows = run(progress, num_steps=min(print_every, total - start))
+                progress, rows = run(progress, start, num_steps=num_steps)
                 history.append(rows)
                 show(min(start + print_every, num_iters), float(progress.value))
                 if progress.ending != Ending.NONE:
                     break
         values, endings = (jnp.concatenate(each) for each in zip(*history, strict=True))
-        missing = total - len(values)
-        values = jnp.pad(values, (0, missing), constant_values=jnp.nan)
-        endings = jnp.pad(endings, (0, missing), mode="edge")
+        missing = max(0, total - len(values))
+        values = jnp.pad(values, (0, missing), constant_values=jnp.nan)[:total]
+        endings = jnp.pad(endings, (0, missing), mode="edge")[:total]
     # The step from the last parameters is not taken, so that it cannot fail.
     last = jnp.where(endings[-1] == Ending.LOG_POSTERIOR, endings[-1], Ending.NONE)
     before = endings[num_iters - 1]
@@ -129,24 +132,31 @@ def run_em(
 @partial(jax.jit, static_argnames=("model", "num_steps"))
 def _run(
     progress: Progress,
+    start: ArrayLike,
     props: ParamsLGSSM,
     batch: tuple[Array, Array | None],
     limits: Limits,
+    total: ArrayLike,
     *,
     model: StaticModel,
     num_steps: int,
 ) -> tuple[Progress, tuple[Array, Array]]:
-    """Take steps until one is refused; also give log posterior and `Ending` of each."""
+    """Take steps until one is refused, or `total` are done; also give what each one came to.
+
+    Those are log posterior and `Ending`. The number of steps is that of the program, so that the
+    last of several runs, which has fewer left, is the same program.
+    """
     step = partial(_step, props=props, batch=batch, limits=limits, model=model.model)
 
     def rest(progress: Progress) -> tuple[Progress, Array]:
         return progress, jnp.full_like(progress.value, jnp.nan)
 
-    def advance(progress: Progress, _: None) -> tuple[Progress, tuple[Array, Array]]:
-        progress, value = jax.lax.cond(progress.ending == Ending.NONE, step, rest, progress)
+    def advance(progress: Progress, index: Array) -> tuple[Progress, tuple[Array, Array]]:
+        goes_on = (progress.ending == Ending.NONE) & (index < total)
+        progress, value = jax.lax.cond(goes_on, step, rest, progress)
         return progress, (value, progress.ending)
 
-    return jax.lax.scan(advance, progress, None, length=num_steps)
+    return jax.lax.scan(advance, progress, start + jnp.arange(num_steps))
 
 
 def _step(
