@@ -231,6 +231,26 @@ def test_em_stops_in_words_at_a_collapse_and_a_floor_prevents_it(name, dtype):
     np.testing.assert_allclose(lowest, 1e-2, rtol=1e-4)
 
 
+def test_units_of_the_data_change_nothing():
+    """Of two channels, by powers of two, with the parameters in the same units."""
+    model = LinearGaussianSSM(1, 2)
+    params, props = model.initialize(jr.key(0))
+    unit = jnp.array([2.0**30, 2.0**-30])
+    scaled = change(
+        params,
+        emissions_weights=params.emissions.weights * unit[:, None],
+        emissions_cov=params.emissions.cov * unit[:, None] * unit,
+    )
+    fitted, values = model.fit_em(params, props, walks(), num_iters=8, verbose=False)
+    other, moved = model.fit_em(scaled, props, walks() * unit, num_iters=8, verbose=False)
+    # The density of each observed number is in inverse units, of which the product here is one.
+    np.testing.assert_allclose(moved, values, rtol=1e-12)
+    np.testing.assert_allclose(
+        other.emissions.cov, fitted.emissions.cov * unit[:, None] * unit, rtol=1e-9
+    )
+    np.testing.assert_allclose(other.dynamics.cov, fitted.dynamics.cov, rtol=1e-9)
+
+
 def test_under_jit_and_vmap_the_best_is_kept_without_words():
     """A fit of its own for each of two series, of which one has a stuck channel."""
     model = LinearGaussianSSM(1, 2)
