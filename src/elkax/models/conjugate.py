@@ -9,7 +9,8 @@ from elkax.models.em_maximisation import RANKS, trainable
 from elkax.models.fitting import diffuse_states
 from elkax.models.linear_gaussian import LinearGaussianSSM
 from elkax.scan import Backend
-from elkax.smoothers import ExactDiffuse, Stationary
+from elkax.smoothers.initial import Stationary
+from elkax.smoothers.linear import Initial
 
 
 class LinearGaussianConjugateSSM(LinearGaussianSSM, dynamax_models.LinearGaussianConjugateSSM):
@@ -42,7 +43,7 @@ class LinearGaussianConjugateSSM(LinearGaussianSSM, dynamax_models.LinearGaussia
         *,
         backend: Backend | None = None,
         form: str = "covariance",
-        initial: Stationary | ExactDiffuse | None = None,
+        initial: Initial = None,
         **priors: Any,
     ) -> None:
         """Set dimensions, strategy and priors; see the class."""

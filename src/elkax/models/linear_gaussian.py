@@ -18,9 +18,7 @@ from elkax.models.information import parameter_errors
 from elkax.models.learning import LearnedLinearGaussianSSM
 from elkax.scan import Backend
 from elkax.smoothers import (
-    ExactDiffuse,
     Forecast,
-    Stationary,
     lgssm_filter,
     lgssm_forecast,
     lgssm_joint_sample,
@@ -28,6 +26,7 @@ from elkax.smoothers import (
     lgssm_posterior_sample,
     lgssm_smoother,
 )
+from elkax.smoothers.linear import Initial
 from elkax.smoothers.prepare import prepare
 
 
@@ -37,8 +36,8 @@ class LinearGaussianSSM(LearnedLinearGaussianSSM):
     $$z_1 \sim N(m, S),\quad z_t \sim N(F_t z_{t-1} + B_t u_t + b_t, Q_t),\quad
       y_t \sim N(H_t z_t + D_t u_t + d_t, R_t)$$
 
-    This is dynamax's class of the same name: `initialize`, priors, parameter properties and the
-    distributions are inherited. Inference runs in parallel over time, takes
+    This is dynamax's class of the same name: `initialize`, `fit_em`, `fit_sgd`, priors, parameter
+    properties and the distributions are inherited. Inference runs in parallel over time, takes
     NaN as missing, and singular covariances. Emissions are (T, N) and inputs (T, U); index t of the
     inputs enters the step into $z_t$ and the emission at t, index 0 only the emission.
 
@@ -50,7 +49,8 @@ class LinearGaussianSSM(LearnedLinearGaussianSSM):
         has_emissions_bias: whether there is $d$.
         backend: how sequences are run; chosen from T and D if None.
         form: "covariance" or "square_root", how covariances are stored while filtering.
-        initial: `Stationary()` or `ExactDiffuse()` in place of the initial distribution.
+        initial: `Stationary()` or `ExactDiffuse()` in place of the initial distribution of the
+            parameters. Those with a `DiffuseInitial` start as it says without it.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class LinearGaussianSSM(LearnedLinearGaussianSSM):
         *,
         backend: Backend | None = None,
         form: str = "covariance",
-        initial: Stationary | ExactDiffuse | None = None,
+        initial: Initial = None,
     ) -> None:
         """Set the dimensions and the strategy; see the class."""
         super().__init__(state_dim, emission_dim, input_dim, has_dynamics_bias, has_emissions_bias)
