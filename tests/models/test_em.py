@@ -381,6 +381,13 @@ def test_diffuse_states_keep_their_initial_moments_and_the_others_learn():
     np.testing.assert_allclose(with_record.initial.cov[1, 1], fitted.initial.cov[1, 1], rtol=1e-9)
     np.testing.assert_allclose(with_record.dynamics.cov, fitted.dynamics.cov, rtol=1e-9)
 
+    infinite = change(params, initial_cov=record.cov)
+    plain, same = trend_model(None)[0].fit_em(
+        infinite, props, emissions, num_iters=10, verbose=False
+    )
+    np.testing.assert_allclose(same, values, rtol=1e-12)
+    np.testing.assert_allclose(plain.initial.cov, with_record.initial.cov, rtol=1e-9)
+
 
 def test_a_state_that_the_data_do_not_determine_is_named():
     model, params, props = trend_model(elkax.ExactDiffuse())

@@ -107,12 +107,18 @@ def arrange(model: Any, params: ParamsLGSSM, emissions: Any, inputs: Any) -> Fit
 
 
 def diffuse_states(model: Any, params: ParamsLGSSM) -> tuple[bool, ...]:
-    """Say which states start exactly diffuse, by the parameters or by the model."""
-    size = np.shape(params.initial.mean)[-1]
-    if isinstance(params.initial, DiffuseInitial) and any(params.initial.diffuse):
-        return params.initial.diffuse
+    """Say which states start exactly diffuse, by the parameters or by the model.
+
+    An infinite variance that can be looked at now says so, too.
+    """
+    initial = params.initial
+    size = np.shape(initial.mean)[-1]
+    if isinstance(initial, DiffuseInitial) and any(initial.diffuse):
+        return initial.diffuse
     if isinstance(model.initial, ExactDiffuse):
         return model.initial.components or (True,) * size
+    if is_concrete(initial.cov):
+        return tuple(map(bool, np.isinf(np.diagonal(np.asarray(initial.cov)))))
     return (False,) * size
 
 
