@@ -57,7 +57,6 @@ def test_tria(size):
     )
 
 
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0])
 def test_change_of_a_triangular_factor(size, scale):

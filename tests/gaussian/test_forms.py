@@ -112,7 +112,9 @@ def test_square_root_form_in_float32(size):
     k, row = short(0.1 * rng.normal(size=size)), short(rng.normal(size=size))
     corrected = both(form.correct(carried, row, jnp.float32(0.3), k))
     kept = np.eye(size) - np.outer(np.asarray(k, float), np.asarray(row, float))
-    exact = kept @ p @ kept.T + np.float32(0.3) * np.outer(np.asarray(k, float), np.asarray(k, float))
+    exact = kept @ p @ kept.T + np.float32(0.3) * np.outer(
+        np.asarray(k, float), np.asarray(k, float)
+    )
     np.testing.assert_allclose(corrected @ corrected.T, exact, atol=1e-7 * size)
     conditional = both(form.condition(carried, zs))
     expected = np.linalg.solve(np.eye(size) + p @ j, p)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from elkax.gaussian import Covariance, KalmanFilter, Model, SquareRoot
-from elkax.gaussian.diagonal import DiagonalKalmanFilter, DiagonalStep
 from elkax.gaussian.costates import BrysonFrazier, Reverse
+from elkax.gaussian.diagonal import DiagonalKalmanFilter, DiagonalStep
 from elkax.gaussian.markov import GaussMarkov, Transition
 from elkax.gaussian.model import constant_part, over_time
 from elkax.gaussian.square_root import Turn
@@ -91,7 +91,10 @@ def smoother(length):
     shrink = np.tril(rng.normal(size=(length, 3, 3)))
     shrink = 0.9 * shrink / np.linalg.norm(shrink, axis=(1, 2), ord=2, keepdims=True)
     turn = Turn(
-        whole[:, :3, :3] - np.eye(3), whole[:, :3, 3:], shrink - np.eye(3), rng.normal(size=(length, 3))
+        whole[:, :3, :3] - np.eye(3),
+        whole[:, :3, 3:],
+        shrink - np.eye(3),
+        rng.normal(size=(length, 3)),
     )
     factors = jax.vmap(form.encode)(jnp.asarray(_covariances(rng, length + 1, 3)))
     mean = jnp.asarray(rng.normal(size=(length, 3)))

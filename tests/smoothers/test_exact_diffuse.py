@@ -210,7 +210,7 @@ def test_gradient_of_the_exact_diffuse_likelihood():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_nothing_observed_determines_nothing(form):
-    """No data have the likelihood one; the posterior is improper, and must not look like numbers."""
+    """No data have the likelihood one; an improper posterior must not look like numbers."""
     problem = with_missing(trend(), rows=range(T))
     smooth = compiled("lgssm_smoother", "sequential", form, initial=elkax.ExactDiffuse())
     ours = smooth(*problem[:2])

@@ -80,7 +80,9 @@ def _filter_unknown(
     size = len(kalman.fixed.initial_mean)
     length = len(jax.tree.leaves(xs)[0])
     head = min(2 * size + 8, length)
-    early, late = (jax.tree.map(lambda leaf, s=s: leaf[s], xs) for s in (slice(head), slice(head, None)))
+    early, late = (
+        jax.tree.map(lambda leaf, s=s: leaf[s], xs) for s in (slice(head), slice(head, None))
+    )
     sequential = partial(run, kalman, backend=Sequential())
     state, first = sequential(start, early)
     if head == length:
@@ -152,9 +154,7 @@ class Reverse(NamedTuple):
 
 def reverse_inputs(model: Model, filtered: FilterOutput, *, moments: bool) -> Reverse:
     """Give what `BrysonFrazier` takes at t = 0, ..., T - 1; covariances themselves."""
-    precision = from_lanes(
-        find_precision(to_lanes(filtered.observed), to_lanes(filtered.variance))
-    )
+    precision = from_lanes(find_precision(to_lanes(filtered.observed), to_lanes(filtered.variance)))
     noise = jnp.roll(model.noise, -1, axis=0) if model.noise.ndim == 3 and moments else None
     return Reverse(
         model.rows if model.rows.ndim == 3 else None,

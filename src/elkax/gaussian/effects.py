@@ -1,4 +1,4 @@
-r"""Effects of which nothing is known, as further columns of means, and their estimate from the data.
+r"""Effects of which nothing is known, as further columns of means, and their estimate.
 
 An initial state $N(m_0, P_0) + U\delta$ with flat $\delta$ is the same as $N(m_0, P_0 + UU^\top) +
 U\delta$: a flat effect swallows a proper one. Given $\delta$ every innovation of a state that
@@ -168,4 +168,3 @@ def spread(columns: Array, effect: Effect, other: Array | None = None) -> Array:
     right = left if other is None else jnp.moveaxis(other[1:], 0, -1)
     half = jnp.matmul(left, effect.cov, precision="highest")
     return jnp.matmul(half, jnp.swapaxes(right, -1, -2), precision="highest")
-

@@ -138,9 +138,7 @@ class Summary(NamedTuple):
     error: Array | None = None
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["fixed"], meta_fields=["form", "turning"]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["fixed"], meta_fields=["form", "turning"])
 @dataclass(frozen=True)
 class KalmanFilter:
     r"""The Kalman filter: a step predicts, then conditions on $y_t$ entry by entry.
@@ -181,7 +179,9 @@ class KalmanFilter:
         prior, turn = self._predict(model, state)
         mean, low, cov, error, unknown = prior
         # Series with covariances in common have lanes in their means alone.
-        cov, mean, low, error, unknown = materialize((cov, mean, low, error, unknown), 2, 1, 1, 2, 2)
+        cov, mean, low, error, unknown = materialize(
+            (cov, mean, low, error, unknown), 2, 1, 1, 2, 2
+        )
 
         def update(carry: tuple, entry: tuple) -> tuple[tuple, tuple[Array, Array, Array]]:
             shift, cov, error, unknown, turn = carry

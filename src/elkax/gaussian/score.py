@@ -179,7 +179,9 @@ def _score(model: Model, filtered: FilterOutput, costates: Costates, columns: _C
         back = transpose(fixed.weights if following is None else following)
         after = (product(back, later[0]), matmul(matmul(back, later[1]), transpose(back)))
         if goes_on is not None:
-            after = tuple(jnp.where(lanes.align(goes_on, 0, leaf, 2)[0], leaf, 0.0) for leaf in after)
+            after = tuple(
+                jnp.where(lanes.align(goes_on, 0, leaf, 2)[0], leaf, 0.0) for leaf in after
+            )
 
         def expect(left: Array, right: Array) -> Array:
             """Add up products over the columns."""
@@ -251,7 +253,10 @@ def _entries(
         u = lanes.add(lanes.scale(v, weight), -matvec(transpose(q), gain))
         d = weight + dot(gain, along)
         rest = lanes.scale(h, d) - along
-        carry = lanes.add_matrix(q, lanes.outer(h, u)), Covariance().correct(matrix, gain, weight, h)
+        carry = (
+            lanes.add_matrix(q, lanes.outer(h, u)),
+            Covariance().correct(matrix, gain, weight, h),
+        )
         return carry, (u, d, matvec(cov, rest))
 
     predicted = lanes.give_lanes(predicted, 2, (rows, 2), (variances, 1), (gains, 2))

@@ -16,8 +16,8 @@ from elkax.scan.lanes import dot, halves, materialize, matmul, matvec, outer, tr
 class Turn(NamedTuple):
     r"""How the noise of a state turns into that of the next one, see `Whitened`.
 
-    With $[FL, L_Q]\Theta = [L_+, 0]$, and $w = a + \Gamma x$ what a measurement tells of the noise of
-    $z_+ = m_+ + L_+w$. What is near the identity is held as what differs from it.
+    With $[FL, L_Q]\Theta = [L_+, 0]$, and $w = a + \Gamma x$ what a measurement tells of the noise
+    of $z_+ = m_+ + L_+w$. What is near the identity is held as what differs from it.
 
     Attributes:
         turned: $\Theta_{11} - I$ (D, D).
@@ -173,9 +173,7 @@ class SquareRoot:
         return lanes.subtract(stored, matmul(whole, transpose(change)))
 
 
-def shrink_columns(
-    stored: Array, projection: Array, variance: Array
-) -> tuple[Array, Array, Array]:
+def shrink_columns(stored: Array, projection: Array, variance: Array) -> tuple[Array, Array, Array]:
     r"""Multiply a factor with the one that a scalar measurement brings, $\Gamma$.
 
     With $f = L^\top h$ and $\sigma_j = r + \sum_{i>j} f_i^2$,

@@ -31,9 +31,7 @@ def propagate(weights: Array, unknown: Array) -> Array:
     """Multiply the rows of the states with F."""
     size = weights.shape[0]
     states, rotation = unknown[:size], unknown[size:]
-    moved = _clean(
-        lanes.matmul(weights, states), lanes.matmul(jnp.abs(weights), jnp.abs(states))
-    )
+    moved = _clean(lanes.matmul(weights, states), lanes.matmul(jnp.abs(weights), jnp.abs(states)))
     shape = jnp.broadcast_shapes(moved.shape[2:], rotation.shape[2:])
     rotation = jnp.broadcast_to(rotation, (*rotation.shape[:2], *shape))
     return jnp.concatenate((moved, rotation))

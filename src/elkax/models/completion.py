@@ -28,18 +28,30 @@ class EmissionModel(NamedTuple):
     cov: Array
 
 
+class Spread(NamedTuple):
+    r"""Covariances of some x, summed over time, given what was observed.
+
+    Attributes:
+        cross: $\sum_t \mathrm{Cov}[z_t, x_t \mid \text{observed}]$ (D, N).
+        covariance: $\sum_t \mathrm{Cov}[x_t \mid \text{observed}]$ (N, N).
+    """
+
+    cross: Array
+    covariance: Array
+
+
 class Completed(NamedTuple):
-    r"""Emissions without gaps, and what the gaps add to the second moments.
+    r"""Emissions without gaps, and how uncertain they and their errors are.
 
     Attributes:
         means: $E[y_t \mid \text{observed}]$ (T, N); observed entries as they are.
-        cross: $\sum_t \mathrm{Cov}[z_t, y_t \mid \text{observed}]$ (D, N).
-        covariance: $\sum_t \mathrm{Cov}[y_t \mid \text{observed}]$ (N, N).
+        emissions: covariances of $y_t$, which come from the gaps.
+        errors: covariances of $y_t - H_tz_t$.
     """
 
     means: Array
-    cross: Array
-    covariance: Array
+    emissions: Spread
+    errors: Spread
 
 
 def complete(
@@ -103,18 +115,20 @@ def _fill_in_chunks(
         x = jnp.pad(x, ((0, -length % steps),) + ((0, 0),) * (x.ndim - 1))
         return jnp.moveaxis(x.reshape((-1, steps) + x.shape[1:]), 1, -1)
 
-    def step(sums: tuple[Array, Array], chunk: tuple) -> tuple[tuple[Array, Array], Array]:
+    def step(sums: tuple, chunk: tuple) -> tuple[tuple, Array]:
         y, now, mean, cov = chunk
         now = EmissionModel(*(a if b is None else b for a, b in zip(model, now, strict=True)))
         if variances_only:
             now = now._replace(cov=now.cov[:, None] * _eye(size, now.cov.ndim + 1, mean.dtype))
-        filled, cross, within = _fill(y, now, mean, cov, regress=regress)
-        return (sums[0] + cross, sums[1] + within), filled
+        filled, *spreads = _fill(y, now, mean, cov, regress=regress)
+        return jax.tree.map(jnp.add, sums, tuple(spreads)), filled
 
-    empty = (jnp.zeros((means.shape[1], size), means.dtype), jnp.zeros((size, size), means.dtype))
+    none = Spread(
+        jnp.zeros((means.shape[1], size), means.dtype), jnp.zeros((size, size), means.dtype)
+    )
     rows = jax.tree.map(to_chunks, (emissions, varying, means, covariances))
-    (cross, within), filled = jax.lax.scan(step, empty, rows)
-    return Completed(jnp.moveaxis(filled, -1, 1).reshape(-1, size)[:length], cross, within)
+    spreads, filled = jax.lax.scan(step, (none, none), rows)
+    return Completed(jnp.moveaxis(filled, -1, 1).reshape(-1, size)[:length], *spreads)
 
 
 def _fill(
@@ -124,8 +138,8 @@ def _fill(
     cov: Float[Array, "D D L"],
     *,
     regress: bool,
-) -> tuple[Float[Array, "N L"], Float[Array, "D N"], Float[Array, "N N"]]:
-    """Give the completed rows and their summed covariances; time along the lanes."""
+) -> tuple[Float[Array, "N L"], Spread, Spread]:
+    """Give the completed rows, and how they and their errors spread; time along the lanes."""
     missing = jnp.isnan(y)
     known = jnp.where(missing, 0.0, y)
     H, R = _with_lanes(model.weights, 2), _with_lanes(model.cov, 2)
@@ -138,9 +152,14 @@ def _fill(
         loading = loading - matmul(gain, H)
     else:
         spread = jnp.where(missing[:, None] & missing[None], R, 0.0)
-    carried = matmul(loading, cov)
-    within = jnp.einsum("ndl,mdl->nm", carried, loading, precision="highest")
-    return filled, jnp.sum(carried, -1).T, within + jnp.sum(spread, -1)
+    within = jnp.sum(spread, -1)
+
+    def sum_up(loading: Array) -> Spread:
+        carried = matmul(loading, cov)
+        moved = jnp.einsum("ndl,mdl->nm", carried, loading, precision="highest")
+        return Spread(jnp.sum(carried, -1).T, moved + within)
+
+    return filled, sum_up(loading), sum_up(loading - H)
 
 
 def _regress(

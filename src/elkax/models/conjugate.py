@@ -5,8 +5,11 @@ from typing import Any
 import dynamax.linear_gaussian_ssm as dynamax_models
 from dynamax.linear_gaussian_ssm import ParamsLGSSM
 
+from elkax.models.em_maximisation import RANKS, trainable
+from elkax.models.fitting import diffuse_states
 from elkax.models.linear_gaussian import LinearGaussianSSM
 from elkax.scan import Backend
+from elkax.smoothers.initial import Stationary
 from elkax.smoothers.linear import Initial
 
 
@@ -57,6 +60,39 @@ class LinearGaussianConjugateSSM(LinearGaussianSSM, dynamax_models.LinearGaussia
         self.form = form
         self.initial = initial
 
+    def initialize_m_step_state(self, params: ParamsLGSSM, props: ParamsLGSSM) -> None:
+        """Refuse what the M-step cannot learn, before anything is computed.
+
+        Raises:
+            ValueError: if some parameters are frozen and others are not, if one varies in time, if
+                the emission covariance is given as variances, or if the start is stationary or
+                diffuse in some of the states.
+        """
+        free = trainable(params, props)
+        if not free:
+            return
+        for group, values in params._asdict().items():
+            for name, value in values._asdict().items():
+                if value is None or value.size == 0:
+                    continue
+                if (group, name) not in free:
+                    raise ValueError(
+                        f"props.{group}.{name}.trainable is False while others are True: the "
+                        "conjugate M-step needs all parameters trainable, or none. Use fit_sgd, "
+                        "or LinearGaussianSSM, whose fit_em takes frozen parameters but no priors"
+                    )
+                if value.ndim != RANKS[name]:
+                    raise ValueError(
+                        f"params.{group}.{name} must be constant with {RANKS[name]} axes for the "
+                        f"conjugate M-step, got shape {value.shape}: use LinearGaussianSSM"
+                    )
+        diffuse = diffuse_states(self, params)
+        if isinstance(self.initial, Stationary) or (any(diffuse) and not all(diffuse)):
+            raise ValueError(
+                "the conjugate M-step needs a start that is diffuse in all states or in none, and "
+                f"not stationary, got initial={self.initial!r}: use fit_sgd, or LinearGaussianSSM"
+            )
+
     def m_step(
         self,
         params: ParamsLGSSM,
@@ -65,6 +101,10 @@ class LinearGaussianConjugateSSM(LinearGaussianSSM, dynamax_models.LinearGaussia
         m_step_state: Any,
     ) -> tuple[ParamsLGSSM, Any]:
         """Find the mode of the posterior that the priors and the expected statistics give."""
-        return dynamax_models.LinearGaussianConjugateSSM.m_step(
+        if not trainable(params, props):
+            return params, m_step_state
+        fitted, state = dynamax_models.LinearGaussianConjugateSSM.m_step(
             self, params, props, batch_stats, m_step_state
         )
+        diffuse = any(diffuse_states(self, params))
+        return fitted._replace(initial=params.initial) if diffuse else fitted, state

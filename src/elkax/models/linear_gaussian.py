@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import dynamax.linear_gaussian_ssm as dynamax_models
 import jax
 import jax.numpy as jnp
 from dynamax.linear_gaussian_ssm import (
@@ -10,15 +9,13 @@ from dynamax.linear_gaussian_ssm import (
     PosteriorGSSMFiltered,
     PosteriorGSSMSmoothed,
 )
-from dynamax.parameters import ensure_all_or_none_trainable
 from dynamax.utils.utils import ensure_array_has_batch_dim
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
 
-from elkax.models.completion import EmissionModel, complete
-from elkax.models.expectation import expected_statistics
 from elkax.models.free_parameters import FreeParameters
 from elkax.models.information import parameter_errors
+from elkax.models.learning import LearnedLinearGaussianSSM
 from elkax.scan import Backend
 from elkax.smoothers import (
     Forecast,
@@ -29,12 +26,11 @@ from elkax.smoothers import (
     lgssm_posterior_sample,
     lgssm_smoother,
 )
-from elkax.smoothers.linear import Initial
 from elkax.smoothers.forecasting import smoothed_emissions
-from elkax.smoothers.prepare import prepare
+from elkax.smoothers.linear import Initial
 
 
-class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
+class LinearGaussianSSM(LearnedLinearGaussianSSM):
     r"""Linear-Gaussian state-space model.
 
     $$z_1 \sim N(m, S),\quad z_t \sim N(F_t z_{t-1} + B_t u_t + b_t, Q_t),\quad
@@ -166,9 +162,7 @@ class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
         Returns:
             Means and standard deviations, (T, N) each.
         """
-        means, covs = smoothed_emissions(
-            params, emissions, inputs, length=length, **self._strategy
-        )
+        means, covs = smoothed_emissions(params, emissions, inputs, length=length, **self._strategy)
         return means, jnp.sqrt(jnp.diagonal(covs, axis1=-2, axis2=-1))
 
     def forecast(
@@ -196,61 +190,6 @@ class LinearGaussianSSM(dynamax_models.LinearGaussianSSM):
             length=length,
             **self._strategy,
         )
-
-    def e_step(
-        self,
-        params: ParamsLGSSM,
-        emissions: Num[ArrayLike, "T N"],
-        inputs: Num[ArrayLike, "T U"] | None = None,
-    ) -> tuple[tuple, Float[Array, ""]]:
-        r"""Compute the expected sufficient statistics of one sequence, gaps allowed.
-
-        The expectations are over the states and the missing emissions given what was observed, so
-        that an M-step on them does not lower the log-likelihood (up to rounding, and to the 1e-9
-        that dynamax's M-step adds to the diagonal of its normal equations).
-
-        Returns:
-            Statistics as `m_step` takes them, see `expected_statistics`, and the log-likelihood.
-        """
-        posterior = self.smoother(params, emissions, inputs)
-        problem = prepare(params, emissions, inputs)
-        completed = complete(
-            problem.emissions,
-            EmissionModel(problem.weights, problem.offset, problem.cov),
-            posterior.smoothed_means,
-            posterior.smoothed_covariances,
-            diagonal=problem.diagonal,
-        )
-        length, dtype = problem.emissions.shape[0], problem.emissions.dtype
-        u = jnp.zeros((length, 0), dtype) if inputs is None else jnp.asarray(inputs, dtype)
-        statistics = expected_statistics(
-            posterior,
-            completed,
-            u,
-            has_dynamics_bias=self.has_dynamics_bias,
-            has_emissions_bias=self.has_emissions_bias,
-        )
-        return statistics, jnp.asarray(posterior.marginal_loglik)
-
-    def m_step(
-        self,
-        params: ParamsLGSSM,
-        props: ParamsLGSSM,
-        batch_stats: tuple,
-        m_step_state: Any,
-    ) -> tuple[ParamsLGSSM, Any]:
-        r"""Maximise the expected log-likelihood of a batch, as dynamax does but for one term.
-
-        The covariance of the initial state is $\tfrac1B\sum_b E z_1z_1^\top - mm^\top$ with
-        $m = \tfrac1B\sum_b E z_1$. dynamax 1.0.3 subtracts $B mm^\top$, which is the same for one
-        sequence, and for more of them is no covariance in general.
-        """
-        fitted, state = super().m_step(params, props, batch_stats, m_step_state)
-        if not ensure_all_or_none_trainable(props, what="parameters"):
-            return fitted, state
-        total, second, count = (jnp.sum(each, axis=0) for each in batch_stats[0])
-        cov = second / count - jnp.outer(total / count, total / count)
-        return fitted._replace(initial=fitted.initial._replace(cov=cov)), state
 
     def standard_errors(
         self,

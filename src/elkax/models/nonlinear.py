@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -16,6 +15,7 @@ from elkax.gaussian.factor import psd_cholesky
 from elkax.linearize import Linearizer, Taylor
 from elkax.linearize.emissions import Residual, call
 from elkax.models.learnable import as_learnable
+from elkax.models.sgd import ADAM, only_if_finite
 from elkax.scan import Backend
 from elkax.smoothers import (
     Solution,
@@ -29,9 +29,6 @@ from elkax.smoothers.damping import Damping, LevenbergMarquardt
 from elkax.smoothers.iterated import check_strategy
 from elkax.smoothers.prepare import check_backend, check_count, find_form
 from elkax.smoothers.system import NonlinearParams
-
-ADAM = optax.adam(1e-3)
-FOREVER = int(np.iinfo(np.int32).max)
 
 
 class NonlinearSSM(SSM):
@@ -284,7 +281,7 @@ class NonlinearSSM(SSM):
             properties,
             jnp.asarray(emissions),
             None if inputs is None else jnp.asarray(inputs),
-            _only_if_finite(optimizer),
+            only_if_finite(optimizer),
             batch_size,
             num_epochs,
             shuffle,
@@ -348,13 +345,6 @@ def gaussian(mean: ArrayLike, name: str, cov: ArrayLike) -> tfd.Distribution:
             f"same at all times, got {cov.shape}"
         )
     return tfd.MultivariateNormalTriL(mean, psd_cholesky(cov))
-
-
-def _only_if_finite(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Let an optimizer pass over gradients that are not finite."""
-    careful = optax.apply_if_finite(optimizer, FOREVER)
-    # Compiled once; the branches of optax would be compiled anew in every step.
-    return optax.GradientTransformation(careful.init, jax.jit(careful.update))
 
 
 def _one_if_converged(solution: Solution) -> Array:

@@ -52,9 +52,11 @@ class DiffuseInitial(ParamsLGSSMInitial):
         return type(self)(**fields)
 
     def __repr__(self) -> str:
+        """Show the arrays and the mask."""
         return f"DiffuseInitial(mean={self.mean!r}, cov={self.cov!r}, diffuse={self.diffuse})"
 
     def __eq__(self, other: object) -> bool:
+        """Compare as tuples do, and the mask."""
         same = super().__eq__(other)
         return same and self.diffuse == getattr(other, "diffuse", self.diffuse)
 

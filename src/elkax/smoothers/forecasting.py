@@ -9,8 +9,8 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, ArrayLike
 
 from elkax.scan import Backend
-from elkax.smoothers.linear import Initial, Moments, infer_filtered, infer_smoothed, setup
 from elkax.smoothers.checks import real_array, series_array
+from elkax.smoothers.linear import Initial, Moments, infer_filtered, infer_smoothed, setup
 from elkax.smoothers.prepare import Problem, check_count, valid_steps
 
 
@@ -87,9 +87,7 @@ def smoothed_emissions(
     Arguments and errors as `lgssm_smoother`, and what is undetermined as in `emission_moments`.
     """
     problem, stored = setup(params, emissions, inputs, **options)
-    found = infer_smoothed(
-        problem.model, problem.finite, form=stored, backend=options["backend"]
-    )
+    found = infer_smoothed(problem.model, problem.finite, form=stored, backend=options["backend"])
     return _of_emissions(problem, found.smoothed)
 
 

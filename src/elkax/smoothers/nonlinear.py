@@ -109,9 +109,7 @@ def filter_system(
     return Filtered(linearized, output, density, ahead, ahead_cov)
 
 
-def _update(
-    form: Form, state: State, observation: Observation
-) -> tuple[State, FilterOutput]:
+def _update(form: Form, state: State, observation: Observation) -> tuple[State, FilterOutput]:
     """Condition a state on one observation: a filter step that predicts no change."""
     mean, stored, size = state.mean, state.cov, state.mean.shape[0]
     kalman = KalmanFilter(Model(*[None] * len(RANKS)), form)

@@ -15,8 +15,8 @@ from elkax.gaussian.decorrelation import uncorrelate
 from elkax.gaussian.kalman import State, log_density
 from elkax.gaussian.model import constant_part, merge, over_time
 from elkax.gaussian.unknown import start
-from elkax.smoothers.linear import poison
 from elkax.smoothers.checks import real_array
+from elkax.smoothers.linear import poison
 from elkax.smoothers.prepare import Problem, check_symmetric, diffuse_mask, find_form, prepare
 
 

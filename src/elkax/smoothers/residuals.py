@@ -179,9 +179,7 @@ def _dynamics_disturbances(
 
 
 @jax.jit
-def _emission_disturbances(
-    problem: Problem, states: Moments
-) -> tuple[Array, Array]:
+def _emission_disturbances(problem: Problem, states: Moments) -> tuple[Array, Array]:
     r"""Give the moments of $\epsilon_t$; a missing entry follows from the observed ones.
 
     With $M = R_{\cdot o}R_{oo}^{-1}$: $M\hat\epsilon_o$ and

@@ -72,8 +72,8 @@ def lgssm_joint_sample(
     )
     if problem.model.unknown is not None:
         raise ValueError(
-            "a diffuse start has no distribution to draw from; give a proper one (initial_variance= "
-            f"of the components, or initial=elkax.Stationary()), got diffuse {problem.diffuse}"
+            "a diffuse start has no distribution to draw from; give a proper one (initial_variance="
+            f" of the components, or initial=elkax.Stationary()), got diffuse {problem.diffuse}"
         )
     return _draw(key, problem, backend=backend)
 
