@@ -224,7 +224,7 @@ def _value_and_gradient(
 @partial(jax.jit, static_argnames=("build", "initial", "backend", "form"))
 def _curvature(
     theta: PyTree, emissions: Array, inputs: Array | None, *, build: Callable, **options: Any
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array, Array]:
     """Give the Hessian, and what `_expected_information` does."""
     flat, unravel = ravel_pytree(theta)
 
@@ -237,25 +237,30 @@ def _curvature(
 
     hessian = jax.hessian(value)(flat)
     if emissions.size * emissions.shape[-1] * flat.size > MOST_NUMBERS:
-        return hessian, jnp.zeros_like(flat), jnp.zeros_like(flat)
+        return hessian, *jax.tree.map(jnp.zeros_like, (hessian, hessian, flat, flat[0]))
     return hessian, *_expected_information(predict, flat)
 
 
-def _expected_information(predict: Callable, theta: Array) -> tuple[Array, Array]:
-    r"""Sum $\dot v^2/(s\bar e)$ and $\tfrac12(\dot s/s)^2$ for errors v and variances s.
+def _expected_information(predict: Callable, theta: Array) -> tuple[Array, Array, Array, Array]:
+    r"""Sum $\dot v\dot v^\top/(s\bar e)$, $\tfrac12\dot s\dot s^\top/s^2$ and $\tfrac12\dot s/s$.
 
-    With the mean $\bar e$ of $v^2/s$ at its expected value of one, their sum is the expectation of
-    the squared score where the entries of an emission are independent, which will do to measure
-    steps.
-    Far from the maximum $\bar e$ makes them what they would be if all variances had the size of the
-    data: a mean then moves by as much as the data are off, not by as much as they should be.
+    v are the errors of predictions, s their variances, and $\bar e$ is the mean of $v^2/s$. With it
+    at its expected value of one, the first two add up to the expectation of the squared score where
+    the entries of an emission are independent, which will do to measure steps. Far from the maximum
+    $\bar e$ makes them what they would be if all variances had the size of the data: a mean then
+    moves by as much as the data are off, not by as much as they should be.
+
+    Returns:
+        The three sums, (p, p), (p, p) and (p,), and the mean.
     """
     errors, variances = predict(theta)
     by_error, by_variance = jax.jacfwd(predict)(theta)
     known = jnp.isfinite(errors) & (variances > 0)
     safe = jnp.where(known, variances, 1.0)
     excess = jnp.sum(jnp.where(known, errors**2 / safe, 0.0)) / jnp.sum(known)
-    safe, known = safe[..., None], known[..., None]
-    of_errors = jnp.sum(jnp.where(known, by_error**2 / safe, 0.0), axis=(0, 1))
-    of_variances = jnp.sum(jnp.where(known, (by_variance / safe) ** 2, 0.0), axis=(0, 1))
-    return of_errors / excess, 0.5 * of_variances
+    by_error = jnp.where(known[..., None], by_error / jnp.sqrt(safe * excess)[..., None], 0.0)
+    by_variance = jnp.where(known[..., None], by_variance / safe[..., None], 0.0)
+    of_errors, of_variances = (
+        jnp.einsum("tni,tnj->ij", x, x, precision="highest") for x in (by_error, by_variance)
+    )
+    return of_errors, 0.5 * of_variances, 0.5 * jnp.sum(by_variance, axis=(0, 1)), excess

@@ -23,8 +23,8 @@ WORTHWHILE = 0.1
 # Below this share of the information expected, a number is looked along before the search ends: the
 # logarithm of a variance that others drown has no slope, and still may be far from its best value.
 DROWNED = 0.01
-# How far, in doublings of a unit: the last is about 40 powers of e for a variance.
-DOUBLINGS = 6
+# How far, in units of the information that it had at best: about 30 powers of e for a variance.
+LOOKS = 16
 # Steps refused in a row before the search gives up; each is at most a quarter of the one before.
 REFUSALS = 40
 
@@ -46,13 +46,19 @@ class Curvature(NamedTuple):
 
     Attributes:
         hessian: of the negative log-likelihood (p, p).
-        by_means: diagonal of the information expected from predicted means (p,).
-        by_variances: the same from predicted variances. Zero or NaN where not known.
+        by_means: information expected from predicted means (p, p).
+        by_variances: the same from predicted variances (p, p).
+        by_scale: its product with the direction that makes all variances grow at the same rate.
+        excess: mean squared error of the predictions over what their variances say.
+
+    All but the Hessian are zero or NaN where they are not known.
     """
 
     hessian: np.ndarray
     by_means: np.ndarray
     by_variances: np.ndarray
+    by_scale: np.ndarray
+    excess: np.ndarray
 
 
 class Problem(NamedTuple):
@@ -101,6 +107,8 @@ class Search:
 
     def run(self, max_iters: int) -> str:
         """Search, and say why it ended: "converged", "max_iters" or "stalled"."""
+        while self.iterations < max_iters and self._rescale():
+            pass
         ending = self._descend(max_iters)
         while self.iterations < max_iters and self._look_along():
             ending = self._descend(max_iters)
@@ -143,7 +151,8 @@ class Search:
 
     def _measure(self) -> np.ndarray:
         """Give the root of the information that the data are expected to hold on each number."""
-        hessian, by_means, by_variances = self.curvature
+        hessian = self.curvature.hessian
+        by_means, by_variances = map(np.diagonal, self.curvature[1:3])
         # A variance that others drown at the moment has no information, but may not run away.
         self._by_variances = np.fmax(self._by_variances, by_variances)
         expected = by_means + self._by_variances
@@ -153,15 +162,35 @@ class Search:
         square = np.where(np.isfinite(expected) & (expected > 0), expected, observed)
         return np.sqrt(np.where(square > 0, square, 1.0))
 
+    def _rescale(self) -> bool:
+        """Bring all variances to the size of the data together, or tell that they have it.
+
+        Where they are far off, the likelihood would be raised by any one of them, and the one that
+        grows first hides the others.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            missing = np.log(self.curvature.excess)
+        expected = self.curvature.by_means + self.curvature.by_variances
+        known = np.isfinite(missing) and np.all(np.isfinite(expected))
+        if not known or abs(missing) < 1.0:
+            return False
+        scaled = expected / (self._scale[:, None] * self._scale)
+        direction = np.linalg.lstsq(scaled, self.curvature.by_scale / self._scale, rcond=1e-6)[0]
+        there = self._problem.evaluate(self.point.theta + missing * direction / self._scale)
+        if not there.is_finite() or there.value >= self.point.value - self._noise():
+            return False
+        self._move(there)
+        return True
+
     def _look_along(self) -> bool:
         """Go to a better value along a number without information, or tell that there is none."""
         here, best = self.point, self.point
         unit = np.sqrt(self._problem.count) / self._scale
         drowned = np.diagonal(self.curvature.hessian) < DROWNED * self._scale**2
         for i in np.flatnonzero(drowned):
-            for distance in np.outer([1.0, -1.0], unit[i] * 2.0 ** np.arange(DOUBLINGS)).ravel():
+            for looks in (*range(-LOOKS, 0), *range(1, LOOKS + 1)):
                 theta = here.theta.copy()
-                theta[i] += distance
+                theta[i] += looks * unit[i]
                 there = self._problem.evaluate(theta)
                 if there.is_finite() and there.value < best.value:
                     best = there
@@ -193,6 +222,9 @@ class Search:
                 fall = self._fall(there, moved, predicted)
                 ratio = -m * np.log1p(-min(fall / m, 0.999)) / predicted
             length = float(np.linalg.norm(wanted))
+            # So short a step that values do not show it: the gradient is not that of the value.
+            if predicted < min(1e-6 * self.gain, self._noise() / NOISE):
+                return False
             if ratio < 0.25:
                 self._radius = 0.25 * length
             elif ratio > 0.75 and length > 0.9 * self._radius:
@@ -228,6 +260,8 @@ def bounded_step(hessian: np.ndarray, gradient: np.ndarray, radius: float) -> np
     if values[0] > 0 and np.linalg.norm(slopes / values) <= radius:
         return -vectors @ (slopes / values)
     size = np.linalg.norm(slopes)
+    if size == 0.0:
+        return np.zeros_like(gradient)
     low = max(0.0, -values[0])
     high = low + size / radius
     for _ in range(100):
@@ -237,7 +271,7 @@ def bounded_step(hessian: np.ndarray, gradient: np.ndarray, radius: float) -> np
         with np.errstate(divide="ignore", invalid="ignore"):
             outside = np.linalg.norm(slopes / (values + middle)) > radius
         low, high = (middle, high) if outside else (low, middle)
-    return -vectors @ (slopes / (values + high)) if size else np.zeros_like(gradient)
+    return -vectors @ (slopes / (values + high))
 
 
 def expected_gain(
