@@ -20,6 +20,9 @@ LONGEST = 4.0
 # A point within the tolerance is improved as long as a step lowers the gain that is left this
 # much: Newton's method does until it meets rounding, and a walk to a boundary does not.
 WORTHWHILE = 0.1
+# What is left, after a step, of the information that a variance had: near a unit root there is more
+# than elsewhere, and short steps are to be long again behind it.
+MEMORY = 0.25
 # Below this share of the information expected, a number is looked along before the search ends: the
 # logarithm of a variance that others drown has no slope, and still may be far from its best value.
 DROWNED = 0.01
@@ -100,7 +103,7 @@ class Search:
         """Begin at a finite point; `report` is called after every accepted step."""
         self._problem, self._report = problem, report
         self._radius = np.sqrt(problem.count)
-        self._by_variances = np.zeros_like(start.theta)
+        self._by_variances = self._most = np.zeros_like(start.theta)
         self._lowest = np.inf
         self.iterations = 0
         self._accept(start)
@@ -153,8 +156,9 @@ class Search:
         """Give the root of the information that the data are expected to hold on each number."""
         hessian = self.curvature.hessian
         by_means, by_variances = map(np.diagonal, self.curvature[1:3])
+        self._most = np.fmax(self._most, by_variances)
         # A variance that others drown at the moment has no information, but may not run away.
-        self._by_variances = np.fmax(self._by_variances, by_variances)
+        self._by_variances = np.fmax(MEMORY * self._by_variances, by_variances)
         expected = by_means + self._by_variances
         # The outer product of n scores is at least the square of their sum over n.
         least = np.square(self.point.gradient) / self._problem.count
@@ -185,8 +189,9 @@ class Search:
     def _look_along(self) -> bool:
         """Go to a better value along a number without information, or tell that there is none."""
         here, best = self.point, self.point
-        unit = np.sqrt(self._problem.count) / self._scale
-        drowned = np.diagonal(self.curvature.hessian) < DROWNED * self._scale**2
+        scale = np.fmax(self._scale, np.sqrt(self._most))
+        unit = np.sqrt(self._problem.count) / scale
+        drowned = np.diagonal(self.curvature.hessian) < DROWNED * scale**2
         for i in np.flatnonzero(drowned):
             for looks in (*range(-LOOKS, 0), *range(1, LOOKS + 1)):
                 theta = here.theta.copy()
@@ -232,6 +237,8 @@ class Search:
                 self._radius = min(2.5 * self._radius, longest)
             if ratio > 1e-4:
                 self._move(there)
+                # In the units found there, which may be quite others.
+                self._radius = max(self._radius, 0.25 * float(np.linalg.norm(moved * self._scale)))
                 return True
         return False
 
