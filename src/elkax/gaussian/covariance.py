@@ -87,21 +87,24 @@ class Covariance:
         Returns:
             The conditional $P$.
         """
-        del projection, s
-        return self.correct(stored, row, variance, gain)
+        del s
+        return _correct(stored, row, projection, variance, gain)
 
     def correct(self, stored: Array, row: Array, variance: Array, gain: Array) -> Array:
         r"""Compute $(I - kh^\top)P(I - kh^\top)^\top + rkk^\top$ for any gain.
 
         What rounding leaves in the first product along h is taken away by the second, so that a
         variance may fall by $1/\epsilon$ and keep its digits (Joseph's form, by rank-one changes).
+        Symmetric up to rounding, as all that takes it needs.
 
         References:
             Bierman (1977), Factorization Methods for Discrete Sequential Estimation, Sec. II.7.
         """
-        left = lanes.materialize(stored - outer(gain, matvec(stored, row)))
-        right = lanes.add(lanes.scale(gain, variance), -matvec(left, row))
-        return symmetrize(lanes.materialize(left + outer(right, gain)))
+        return _correct(stored, row, matvec(stored, row), variance, gain)
+
+    def settle(self, stored: Array) -> Array:
+        """Average with the transpose, after all updates of a time."""
+        return symmetrize(lanes.materialize(stored))
 
     def accumulate(self, stored: Array, low: Array, columns: Array) -> tuple[Array, Array]:
         r"""Compute $J + GG^\top$, and what rounding left out of it.
@@ -122,6 +125,13 @@ class Covariance:
     def condition(self, stored: Array, information: Array) -> Array:
         r"""Compute $(I + PJ)^{-1}P$; see `condition_on_information`."""
         return condition_on_information(stored, information)
+
+
+def _correct(stored: Array, row: Array, projection: Array, variance: Array, gain: Array) -> Array:
+    """Correct with $Ph$ known; see `Covariance.correct`."""
+    left = lanes.materialize(stored - outer(gain, projection))
+    right = lanes.add(lanes.scale(gain, variance), -matvec(left, row))
+    return left + outer(right, gain)
 
 
 @jax.custom_jvp

@@ -63,6 +63,10 @@ class Form(Protocol):
         """Compute the covariance after a correction by any gain."""
         ...
 
+    def settle(self, stored: Array) -> Array:
+        """Make good what updates leave to be done once."""
+        ...
+
     def accumulate(self, stored: Array, low: Array, columns: Array) -> tuple[Array, Array]:
         """Add the squares of columns to an information matrix that rounding left `low` out of."""
         ...

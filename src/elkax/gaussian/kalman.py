@@ -216,6 +216,7 @@ class KalmanFilter:
             turn = turn._replace(shift=lanes.give_lanes(turn.shift, 1, (mean, 1)))
         start = (low, cov, error, unknown, turn)
         (shift, cov, error, unknown, turn), found = fold_rows(update, start, entries(model))
+        cov = self.form.settle(cov)
         gain, residual, variance = found
         mean, rest = two_sum(mean, shift)
         after = State(mean, rest, cov, error, unknown)

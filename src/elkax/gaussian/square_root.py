@@ -150,6 +150,10 @@ class SquareRoot:
         change = tria_change(stored, beside(materialize(low + change), noise))
         return lanes.with_rest(*lanes.two_sum(*lanes.align(stored, 2, change, 2)))
 
+    def settle(self, stored: Array) -> Array:
+        """Return the factor as it is."""
+        return stored
+
     def accumulate(self, stored: Array, low: Array, columns: Array) -> tuple[Array, Array]:
         r"""Compute the factor of $ZZ^\top + GG^\top$; arguments as `Covariance.accumulate`."""
         if not lanes.is_short(stored.dtype):

@@ -11,9 +11,8 @@ from dynamax.linear_gaussian_ssm import ParamsLGSSM
 from dynamax.linear_gaussian_ssm.inference import ParamsLGSSMInitial
 from jaxtyping import Array, PyTree
 
-from elkax.smoothers.diffuse_initial import DiffuseInitial
 from elkax.smoothers.initial import ExactDiffuse
-from elkax.smoothers.prepare import is_concrete, prepare, real_array
+from elkax.smoothers.prepare import diffuse_mask, is_concrete, prepare, real_array
 
 
 class StaticModel:
@@ -107,19 +106,12 @@ def arrange(model: Any, params: ParamsLGSSM, emissions: Any, inputs: Any) -> Fit
 
 
 def diffuse_states(model: Any, params: ParamsLGSSM) -> tuple[bool, ...]:
-    """Say which states start exactly diffuse, by the parameters or by the model.
-
-    An infinite variance that can be looked at now says so, too.
-    """
-    initial = params.initial
-    size = np.shape(initial.mean)[-1]
-    if isinstance(initial, DiffuseInitial) and any(initial.diffuse):
-        return initial.diffuse
+    """Say which states start exactly diffuse, by the parameters or by the model."""
+    mask = diffuse_mask(params.initial)
+    named = mask
     if isinstance(model.initial, ExactDiffuse):
-        return model.initial.components or (True,) * size
-    if is_concrete(initial.cov):
-        return tuple(map(bool, np.isinf(np.diagonal(np.asarray(initial.cov)))))
-    return (False,) * size
+        named = model.initial.mask(len(mask))
+    return tuple(a or b for a, b in zip(mask, named, strict=True))
 
 
 def over_series(function: Callable, emissions: Array, inputs: Array | None) -> PyTree:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import dynamax.linear_gaussian_ssm as dynamax_models
 import jax
 import jax.numpy as jnp
 from dynamax.linear_gaussian_ssm import (
@@ -14,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
 
 from elkax.models.free_parameters import FreeParameters
+from elkax.models.identification import refuse_undetermined, refuse_unidentified
 from elkax.models.information import parameter_errors
 from elkax.models.learning import LearnedLinearGaussianSSM
 from elkax.scan import Backend
@@ -207,8 +209,9 @@ class LinearGaussianSSM(LearnedLinearGaussianSSM):
         the parameters are constrained.
 
         A linear-Gaussian model with all its parameters free is not identified: a change of basis
-        of the states changes F, H, Q, ... and leaves the likelihood as it is. The information is
-        then singular. Freeze what fixes the basis (`trainable=False`) to get errors for the rest.
+        of the states changes F, H, Q, ... and leaves the likelihood as it is. Freeze what fixes the
+        basis (`trainable=False`); what does not depend on it, such as R, has the same error however
+        it is fixed. Nothing is estimated of an initial distribution with exactly diffuse states.
 
         Args:
             params: the estimate.
@@ -219,9 +222,13 @@ class LinearGaussianSSM(LearnedLinearGaussianSSM):
         Returns:
             Standard errors in the place and the units of the parameters: zero for frozen ones, NaN
             for those that depend on a direction in which the log-likelihood is flat, or curved the
-            wrong way, or curved less than its remaining gradient. All are NaN if a trainable
-            covariance is singular, for it has no unconstrained form; freeze it. The Hessian costs
-            as many gradients as there are trainable numbers.
+            wrong way, or curved less than its remaining gradient. The Hessian costs as many
+            gradients as there are trainable numbers.
+
+        Raises:
+            ValueError: before anything is computed, if the basis of the states is free and the
+                model has no prior, naming what to freeze; if a trainable covariance is singular,
+                for it has no unconstrained form; if the data do not determine a diffuse state.
 
         References:
             Durbin & Koopman (2012), "Time Series Analysis by State Space Methods", Sec. 7.3.6.
@@ -233,6 +240,11 @@ class LinearGaussianSSM(LearnedLinearGaussianSSM):
         free = FreeParameters(params, props)
         if free.theta.size == 0:
             return free.place(free.theta)
+        has_prior = type(self).log_prior is not dynamax_models.LinearGaussianSSM.log_prior
+        refuse_unidentified(params, free, has_prior=has_prior)
+        if any(diffuse_mask(params.initial)):
+            smooth = jax.vmap(lambda y, u: self.smoother(params, y, u).smoothed_covariances)
+            refuse_undetermined(smooth(batch, batch_inputs))
 
         def log_posterior(theta: Array) -> Array:
             here = free.constrain(theta)

@@ -8,18 +8,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from dynamax.linear_gaussian_ssm import ParamsLGSSM
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num, PyTree
-from scipy.optimize import OptimizeResult, minimize
 
 from elkax.models.information import covariance_of, decompose
+from elkax.models.search import Curvature, Point, Problem, Search
+from elkax.models.verdict import (
+    describe_end,
+    describe_missing_errors,
+    describe_start,
+    find_boundary,
+)
 from elkax.scan import Backend
-from elkax.smoothers import ExactDiffuse, Stationary, lgssm_marginal_log_prob
+from elkax.smoothers import (
+    ExactDiffuse,
+    Stationary,
+    lgssm_innovations,
+    lgssm_marginal_log_prob,
+)
 
-# By how much, in nats per observed number, a point where the log-likelihood is not finite counts as
-# worse than the last one accepted. The line search interpolates, so more would make it crawl.
-REFUSAL = 10.0
+# Predicted variances and their derivatives for all parameters, at most this many numbers. Beyond,
+# the search measures parameters by their observed information.
+MOST_NUMBERS = 2**26
 
 
 class MaximumLikelihoodFit(NamedTuple):
@@ -30,17 +42,22 @@ class MaximumLikelihoodFit(NamedTuple):
         params: `build(estimate)`.
         log_likelihood: at the estimate, in nats.
         standard_errors: of $\hat\theta$, like the start, from the observed information; NaN for
-            what the data do not determine (information not positive definite in a direction that
+            what ran to a boundary, such as the logarithm of a variance that is zero, and for what
+            the data do not determine (information not positive definite in a direction that
             the number depends on, or curved less than the gradient that is left).
         covariance: of the flattened estimate (p, p), in the order of `jax.flatten_util.
-            ravel_pytree`; NaN in the rows and columns of what the data do not determine.
-        gradient_norm: $\max_i |\partial\ell/\partial\theta_i| \max(|\theta_i|, 1) / \max(|\ell|,
-            n)$ at the estimate, n observed numbers.
+            ravel_pytree`; NaN in the rows and columns of numbers without standard error. Numbers
+            at a boundary count as known for the others.
+        gradient_norm: $\sqrt{g^\top I^{-1}g}$ with g the gradient and I the observed information
+            at the estimate: how far off the maximum is, in standard errors. It does not depend on
+            the units of the data or of $\theta$.
         iterations: of the search.
-        converged: whether value and gradient are finite and `gradient_norm` is at most the
-            tolerance. A statement about the gradient: whether the point is a maximum is seen in
-            the standard errors.
-        message: how the search ended, in words.
+        converged: whether `expected_gain` is at most the tolerance. False also for what is not
+            finite and for a saddle.
+        message: the verdict in words: how the search ended, what to do if it did not converge, and
+            which numbers have no standard error and why.
+        expected_gain: $\tfrac12 g^\top I^{-1}g$, what one more Newton step is expected to add to
+            the log-likelihood, in nats.
     """
 
     estimate: Any
@@ -52,6 +69,7 @@ class MaximumLikelihoodFit(NamedTuple):
     iterations: int
     converged: bool
     message: str
+    expected_gain: float
 
 
 def maximum_likelihood(
@@ -69,8 +87,10 @@ def maximum_likelihood(
 ) -> MaximumLikelihoodFit:
     r"""Maximise the log-likelihood $\ell(\theta) = \log p(y_{1:T} \mid \mathrm{build}(\theta))$.
 
-    Quasi-Newton search (L-BFGS-B) with exact gradients, in the dtype of the start. Points at which
-    the log-likelihood is not finite are stepped back from. Not for use inside `jit`.
+    Trust-region Newton search with exact derivatives in the dtype of the start. Steps are measured
+    in units of the information on each parameter, so neither the units of the data nor those of the
+    parameters matter. Points where the log-likelihood is NaN or infinite are stepped back from; the
+    best point seen is returned. Not for use inside `jit`, `vmap` or `grad`.
 
     Args:
         build: from $\theta$ to parameters, pure, traceable and differentiable. Every real $\theta$
@@ -83,52 +103,84 @@ def maximum_likelihood(
         backend: how to run over time; chosen from T and D if None.
         form: "covariance" or "square_root".
         max_iters: most iterations of the search.
-        tolerance: on `gradient_norm`; square root of the rounding unit of the dtype if None.
+        tolerance: on `expected_gain`, in nats; the search ends there. If None the square root of
+            the rounding unit of the dtype counts as converged (3.5e-4 in float32, 1.5e-8 in
+            float64), and the search goes on for as long as a step lowers the gain by a power of
+            ten.
         verbose: print a line per iteration.
 
     Returns:
-        The estimate, its errors, and how the search ended.
+        The estimate, its errors, and how the search ended. An iteration costs one Hessian, about as
+        much as a gradient for each of the p numbers in theta.
 
     Raises:
         ValueError: if the start holds no number, the emissions no observed one, or the
-            log-likelihood or its gradient is not finite at the start.
-        TypeError: if the start holds something other than real numbers.
+            log-likelihood or its gradient is not finite at the start; it says why.
+        TypeError: if the start holds something other than real numbers, or the call is traced.
 
     References:
-        Durbin & Koopman (2012), "Time Series Analysis by State Space Methods", Sec. 7.3.
+        Durbin & Koopman (2012), "Time Series Analysis by State Space Methods", Sec. 7.3; Nocedal &
+        Wright (2006), "Numerical Optimization", Ch. 4.
     """
+    _refuse_tracers(start, emissions, inputs)
     start = jax.tree.map(_real_array, start)
     flat, unravel = ravel_pytree(start)
+    data = (jnp.asarray(emissions), None if inputs is None else jnp.asarray(inputs))
+    _refuse_tracers(flat, data)
     count = int(np.sum(np.isfinite(np.asarray(emissions, float))))
     for name, size in (("start", flat.size), ("emissions", count)):
         if size == 0:
             raise ValueError(f"{name} must hold at least one number, got none")
-    data = (jnp.asarray(emissions), None if inputs is None else jnp.asarray(inputs))
     options = {"build": build, "initial": initial, "backend": backend, "form": form}
 
-    def function(theta: Array) -> tuple[Array, Array]:
-        value, gradient = _value_and_gradient(unravel(theta), *data, **options)
-        return value, ravel_pytree(gradient)[0]
+    def evaluate(theta: np.ndarray) -> Point:
+        here = jnp.asarray(theta, flat.dtype)
+        value, gradient = _value_and_gradient(unravel(here), *data, **options)
+        return Point(*(np.asarray(x, float) for x in (here, value, ravel_pytree(gradient)[0])))
 
-    if tolerance is None:
-        tolerance = float(np.sqrt(jnp.finfo(flat.dtype).eps))
-    search = _Search(function, flat, count, tolerance, verbose)
-    message = search.run(max_iters)
-    end = search.accepted
-    theta, gradient = (jnp.asarray(x, flat.dtype) for x in (end.theta, end.gradient))
-    estimate = unravel(theta)
-    covariance = covariance_of(decompose(_hessian(estimate, *data, **options), gradient))
+    def curvature(theta: np.ndarray) -> Curvature:
+        here = unravel(jnp.asarray(theta, flat.dtype))
+        return Curvature(*(np.asarray(x, float) for x in _curvature(here, *data, **options)))
+
+    first = evaluate(np.asarray(flat, float))
+    if not first.is_finite():
+        raise ValueError(describe_start(build, start, initial, first))
+    eps = float(jnp.finfo(flat.dtype).eps)
+    limit = float(np.sqrt(eps)) if tolerance is None else tolerance
+    target = eps if tolerance is None else tolerance
+    problem = Problem(evaluate, curvature, count, eps, limit, target)
+    search = Search(problem, first, _print_progress if verbose else None)
+    ending = search.run(max_iters)
+
+    estimate = unravel(jnp.asarray(search.point.theta, flat.dtype))
+    hessian = search.curvature.hessian
+    boundary = find_boundary(evaluate, search.point, hessian)
+    covariance = _covariance(hessian, search.point.gradient, ~boundary, flat.dtype)
+    errors = jnp.sqrt(jnp.diagonal(covariance))
+    converged = ending == "converged"
+    unknown = np.isnan(np.asarray(errors)) & ~boundary
+    notes = describe_missing_errors(estimate, boundary, unknown) if converged else []
     return MaximumLikelihoodFit(
         estimate=estimate,
         params=build(estimate),
-        log_likelihood=-end.value,
-        standard_errors=unravel(jnp.sqrt(jnp.diagonal(covariance))),
+        log_likelihood=-float(search.point.value),
+        standard_errors=unravel(errors),
         covariance=covariance,
-        gradient_norm=search.gradient_norm(),
+        gradient_norm=float(np.sqrt(2 * search.gain)),
         iterations=search.iterations,
-        converged=search.is_converged(),
-        message=message,
+        converged=converged,
+        message=describe_end(search, ending, limit, flat.dtype, form, notes),
+        expected_gain=search.gain,
     )
+
+
+def _refuse_tracers(*arguments: PyTree) -> None:
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
+        raise TypeError(
+            "maximum_likelihood decides from numbers when to stop, so it cannot run inside jit, "
+            "vmap or grad, got a traced value: call it outside, and for many series in a loop, "
+            "which compiles once for one build and one shape"
+        )
 
 
 def _real_array(leaf: Any) -> Array:
@@ -136,6 +188,23 @@ def _real_array(leaf: Any) -> Array:
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"start must hold real numbers, got {leaf!r}")
     return jnp.asarray(leaf, jnp.result_type(float, leaf))
+
+
+def _print_progress(search: Search) -> None:
+    print(
+        f"iteration {search.iterations:4d}  log-likelihood {-search.point.value:.6f}  "
+        f"expected gain {search.gain:.2e}"
+    )
+
+
+def _covariance(hessian: np.ndarray, gradient: np.ndarray, inside: np.ndarray, dtype: Any) -> Array:
+    """Invert the information on the numbers that are not at a boundary."""
+    kept = np.flatnonzero(inside)
+    information = decompose(
+        jnp.asarray(hessian[np.ix_(kept, kept)], dtype), jnp.asarray(gradient[kept], dtype)
+    )
+    covariance = jnp.full(hessian.shape, jnp.nan, dtype)
+    return covariance.at[np.ix_(kept, kept)].set(covariance_of(information))
 
 
 def _negative_log_likelihood(
@@ -153,92 +222,45 @@ def _value_and_gradient(
 
 
 @partial(jax.jit, static_argnames=("build", "initial", "backend", "form"))
-def _hessian(
+def _curvature(
     theta: PyTree, emissions: Array, inputs: Array | None, *, build: Callable, **options: Any
-) -> Array:
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Give the Hessian, and what `_expected_information` does."""
     flat, unravel = ravel_pytree(theta)
 
     def value(x: Array) -> Array:
         return _negative_log_likelihood(unravel(x), emissions, inputs, build, options)
 
-    return jax.hessian(value)(flat)
+    def predict(x: Array) -> tuple[Array, Array]:
+        found = lgssm_innovations(build(unravel(x)), emissions, inputs, **options)
+        return found.innovations, jnp.diagonal(found.covariances, axis1=-2, axis2=-1)
+
+    hessian = jax.hessian(value)(flat)
+    if emissions.size * emissions.shape[-1] * flat.size > MOST_NUMBERS:
+        return hessian, *jax.tree.map(jnp.zeros_like, (hessian, hessian, flat, flat[0]))
+    return hessian, *_expected_information(predict, flat)
 
 
-class _Point(NamedTuple):
-    """The negative log-likelihood and its gradient at a point."""
+def _expected_information(predict: Callable, theta: Array) -> tuple[Array, Array, Array, Array]:
+    r"""Sum $\dot v\dot v^\top/(s\bar e)$, $\tfrac12\dot s\dot s^\top/s^2$ and $\tfrac12\dot s/s$.
 
-    theta: np.ndarray
-    value: float
-    gradient: np.ndarray
+    v are the errors of predictions, s their variances, and $\bar e$ is the mean of $v^2/s$. With it
+    at its expected value of one, the first two add up to the expectation of the squared score where
+    the entries of an emission are independent, which will do to measure steps. Far from the maximum
+    $\bar e$ makes them what they would be if all variances had the size of the data: a mean then
+    moves by as much as the data are off, not by as much as they should be.
 
-    def is_finite(self) -> bool:
-        return bool(np.isfinite(self.value) and np.all(np.isfinite(self.gradient)))
-
-
-class _Search:
-    """A search for a minimum, and the last point that it accepted.
-
-    The minimiser works per observed number in float64, the function in the dtype of the start.
+    Returns:
+        The three sums, (p, p), (p, p) and (p,), and the mean.
     """
-
-    def __init__(
-        self, function: Callable, start: Array, count: int, tolerance: float, verbose: bool
-    ) -> None:
-        self._function, self._dtype = function, start.dtype
-        self._count, self._tolerance, self._verbose = count, tolerance, verbose
-        self.iterations = 0
-        self._last = self.accepted = self._evaluate(np.asarray(start, float))
-        if not self.accepted.is_finite():
-            raise ValueError(
-                "the log-likelihood and its gradient must be finite at the start, got "
-                f"{-self.accepted.value} and {-self.accepted.gradient} at {self.accepted.theta}"
-            )
-
-    def run(self, max_iters: int) -> str:
-        """Search until converged, and say in words how it ended."""
-        ending = ""
-        if not self.is_converged():
-            ending = minimize(
-                self._objective,
-                self.accepted.theta,
-                jac=True,
-                method="L-BFGS-B",
-                callback=self._step,
-                options={"maxiter": max_iters, "ftol": 0.0, "gtol": 0.0},
-            ).message
-        if self.is_converged():
-            return f"gradient norm {self.gradient_norm():.2e} within {self._tolerance:.2e}"
-        return f"gradient norm {self.gradient_norm():.2e} above {self._tolerance:.2e}: {ending}"
-
-    def gradient_norm(self) -> float:
-        """Give the largest relative derivative at the accepted point."""
-        point = self.accepted
-        scale = np.maximum(np.abs(point.theta), 1.0) / max(abs(point.value), self._count)
-        return float(np.max(np.abs(point.gradient) * scale))
-
-    def is_converged(self) -> bool:
-        """Tell whether the accepted point is finite and its gradient small."""
-        return self.accepted.is_finite() and self.gradient_norm() <= self._tolerance
-
-    def _evaluate(self, theta: np.ndarray) -> _Point:
-        value, gradient = self._function(jnp.asarray(theta, self._dtype))
-        return _Point(theta.copy(), float(value), np.asarray(gradient, float))
-
-    def _objective(self, theta: np.ndarray) -> tuple[float, np.ndarray]:
-        self._last = self._evaluate(theta)
-        if self._last.is_finite():
-            return self._last.value / self._count, self._last.gradient / self._count
-        return self.accepted.value / self._count + REFUSAL, np.zeros_like(theta)
-
-    def _step(self, intermediate_result: OptimizeResult) -> None:
-        theta = intermediate_result.x
-        same = np.array_equal(self._last.theta, theta)
-        self.accepted = self._last if same else self._evaluate(theta)
-        self.iterations += 1
-        if self._verbose:
-            print(
-                f"iteration {self.iterations:4d}  log-likelihood {-self.accepted.value:.6f}  "
-                f"gradient norm {self.gradient_norm():.2e}"
-            )
-        if self.is_converged():
-            raise StopIteration
+    errors, variances = predict(theta)
+    by_error, by_variance = jax.jacfwd(predict)(theta)
+    known = jnp.isfinite(errors) & (variances > 0)
+    safe = jnp.where(known, variances, 1.0)
+    excess = jnp.sum(jnp.where(known, errors**2 / safe, 0.0)) / jnp.sum(known)
+    by_error = jnp.where(known[..., None], by_error / jnp.sqrt(safe * excess)[..., None], 0.0)
+    by_variance = jnp.where(known[..., None], by_variance / safe[..., None], 0.0)
+    of_errors, of_variances = (
+        jnp.einsum("tni,tnj->ij", x, x, precision="highest") for x in (by_error, by_variance)
+    )
+    return of_errors, 0.5 * of_variances, 0.5 * jnp.sum(by_variance, axis=(0, 1)), excess
