@@ -96,17 +96,18 @@ def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
     def density_and_score(model: Model) -> tuple[Array, Model]:
         plain, pull_back = uncorrelate_and_pull_back(model)
         if model.unknown is None:
-            found = filter_and_return(plain)
-            value = jnp.sum(log_density(found[0]))
-            columns = _Columns(*jax.tree.map(lambda leaf: leaf[None], _means(*found)), None)
+            filtered, costates = filter_and_return(plain)
+            value = jnp.sum(log_density(filtered))
+            means = (leaf[None] for leaf in _means(filtered, costates))
+            columns = _Columns(*means, cov=None)
         else:
-            found = over_effects(filter_and_return, plain)
-            effect, value = estimate(plain, found[0])
-            means = (combine_columns(leaf, effect) for leaf in _means(*found))
-            columns = _Columns(*means, effect.cov)
-            found = jax.tree.map(lambda leaf: leaf[0], found)
+            every, both = over_effects(filter_and_return, plain)
+            effect, value = estimate(plain, every)
+            means = (combine_columns(leaf, effect) for leaf in _means(every, both))
+            columns = _Columns(*means, cov=effect.cov)
+            filtered, costates = jax.tree.map(lambda leaf: leaf[0], (every, both))
         # Where the data contradict the model there is no slope.
-        gradient = pull_back(_score(plain, *found, columns))
+        gradient = pull_back(_score(plain, filtered, costates, columns))
         gradient = jax.tree.map(lambda g: jnp.where(value == -jnp.inf, 0.0, g), gradient)
         return value, gradient
 
@@ -170,8 +171,8 @@ def _score(model: Model, filtered: FilterOutput, costates: Costates, columns: _C
     if columns.cov is not None:
         weighting = weighting.at[1:, 1:].set(columns.cov)
 
-    def derivatives(fixed: tuple[Model, Array], x: tuple) -> tuple[dict, dict]:
-        fixed, weighting = fixed
+    def derivatives(same: tuple[Model, Array], x: tuple) -> tuple[dict, dict]:
+        fixed, weighting = same
         own, before, now, following, goes_on, (q, matrix), later = x
         own = merge(fixed, own)
         earlier, earlier_cov = before

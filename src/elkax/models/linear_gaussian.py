@@ -30,6 +30,7 @@ from elkax.smoothers import (
 )
 from elkax.smoothers.forecasting import smoothed_emissions
 from elkax.smoothers.linear import Initial
+from elkax.smoothers.prepare import diffuse_mask
 
 
 class LinearGaussianSSM(LearnedLinearGaussianSSM):

@@ -79,7 +79,7 @@ class NonlinearSSM(SSM):
             check_count("input_dim", input_dim)
         check_strategy(linearizer, damping, max_iters)
         check_backend(backend)
-        find_form(form)
+        find_form(form, float)
         self.state_dim = state_dim
         self.emission_dim = emission_dim
         self.input_dim = input_dim

@@ -74,4 +74,5 @@ class DiffuseInitial(ParamsLGSSMInitial):
     @classmethod
     def tree_unflatten(cls, diffuse: tuple[bool, ...], children: tuple) -> "DiffuseInitial":
         """Put a record together."""
-        return cls(*children, diffuse)
+        mean, cov = children
+        return cls(mean, cov, diffuse)
