@@ -387,10 +387,8 @@ class KalmanFilter:
         if error is not None:
             error = of_prediction(self.form, model.weights, error, cov, noise)
         if unknown is not None:
-            # Nothing stands there before the first step.
-            start, size = jnp.asarray(model.unknown), len(near)
-            unknown = propagate(model.weights, unknown)
-            unknown = unknown.at[:size].add(lanes.scale_by(start[:size], model.first))
+            first = lanes.scale_by(jnp.asarray(model.unknown)[: len(near)], model.first)
+            unknown = propagate(model.weights, unknown, first)
         turn = None
         if self.turning:
             cov, turn = self.form.predict_turned(model.weights, cov, noise)

@@ -27,14 +27,21 @@ def start(rows: Array) -> Array:
     return jnp.concatenate((rows, jnp.eye(rows.shape[1], dtype=rows.dtype)))
 
 
-def propagate(weights: Array, unknown: Array) -> Array:
-    """Multiply the rows of the states with F."""
+def propagate(weights: Array, unknown: Array, first: Array | None = None) -> Array:
+    """Multiply the rows of the states with F.
+
+    Args:
+        weights: $F$.
+        unknown: $U$ (D + d, d).
+        first: (D, d) to be added, the rows of the states at the start.
+    """
     size = weights.shape[0]
     states, rotation = unknown[:size], unknown[size:]
     moved = _clean(lanes.matmul(weights, states), lanes.matmul(jnp.abs(weights), jnp.abs(states)))
-    shape = jnp.broadcast_shapes(moved.shape[2:], rotation.shape[2:])
-    rotation = jnp.broadcast_to(rotation, (*rotation.shape[:2], *shape))
-    return jnp.concatenate((moved, rotation))
+    if first is not None:
+        moved = lanes.add_matrix(moved, first)
+    moved = lanes.give_lanes(moved, 2, (rotation, 2))
+    return jnp.concatenate((moved, lanes.give_lanes(rotation, 2, (moved, 2))))
 
 
 def see(unknown: Array, row: Array) -> Array:
