@@ -74,9 +74,7 @@ def test_a_batch_of_one_in_blocks(backend, name):
         "gradient": lambda p, y: jax.grad(elkax.lgssm_marginal_log_prob)(p, y, backend=backend),
         "draw": partial(elkax.lgssm_posterior_sample, jax.random.key(2), backend=backend),
     }[name]
-    assert_same(
-        jax.vmap(partial(run, params))(emissions[None]), FUNCTIONS[name](params, emissions)
-    )
+    assert_same(jax.vmap(partial(run, params))(emissions[None]), FUNCTIONS[name](params, emissions))
 
 
 @pytest.mark.parametrize("name", ["filter", "smoother", "log_prob", "gradient", "forecast", "draw"])

@@ -1,20 +1,19 @@
-"""The filter over a whole sequence, and its costates by Bryson and Frazier's recurrence."""
+"""Costates of a filtered sequence, by Bryson and Frazier's recurrence."""
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from elkax.gaussian.covariance import Covariance
-from elkax.gaussian.kalman import FilterOutput, KalmanFilter, find_precision, fold_rows
+from elkax.gaussian.kalman import fold_rows
 from elkax.gaussian.markov import GaussMarkov, Transition
-from elkax.gaussian.model import Model, constant_part, over_time
-from elkax.scan import Backend, Sequential, lanes, run
-from elkax.scan.choice import runs_in_sequence
-from elkax.scan.fallback import where_sound
+from elkax.gaussian.model import Model, constant_part
+from elkax.gaussian.output import FilterOutput, find_precision
+from elkax.scan import Backend, lanes, run
 from elkax.scan.lanes import dot, from_lanes, matmul, matvec, to_lanes, transpose
 
 
@@ -31,73 +30,6 @@ class Costates(NamedTuple):
 
     vector: Array
     matrix: Array
-
-
-def encode_model(model: Model, form: Any) -> Model:
-    """Store the covariances of a model in a form."""
-    noise = model.noise
-    return model._replace(
-        initial_cov=form.encode(model.initial_cov),
-        noise=form.encode(noise) if noise.ndim == 2 else from_lanes(form.encode(to_lanes(noise))),
-    )
-
-
-def filter_model(
-    model: Model, form: Any, backend: Backend | None, *, turning: bool = False
-) -> FilterOutput:
-    """Run the Kalman filter over a model.
-
-    Args:
-        model: covariances themselves, not yet stored in `form`.
-        form: how covariances are stored while filtering.
-        backend: how to run the recurrence.
-        turning: see `KalmanFilter`.
-
-    Returns:
-        Output of every step, covariances stored in `form`.
-    """
-    stored = encode_model(model, form)
-    length, size = len(model.first), len(model.initial_mean)
-    kalman = KalmanFilter(constant_part(stored), form, turning)
-    xs = over_time(lambda field, rank: field, stored)
-    start = kalman.begin(model.initial_mean.dtype)
-    if model.unknown is None or runs_in_sequence(backend, length, size):
-        output = run(kalman, start, xs, backend=backend, state_dim=size)[1]
-    else:
-        output = _filter_unknown(kalman, start, xs, backend)
-    # The same, without a copy.
-    return output._replace(observed=model.observed)
-
-
-def _filter_unknown(
-    kalman: KalmanFilter, start: Any, xs: Model, backend: Backend | None
-) -> FilterOutput:
-    """Filter step by step while something may be unknown, and then by a parallel backend.
-
-    A block of steps has no summary for a state of which something is unknown. Twice as many steps
-    as there are states, and some, usually tell everything; else all steps run in sequence.
-    """
-    size = len(kalman.fixed.initial_mean)
-    length = len(jax.tree.leaves(xs)[0])
-    head = min(2 * size + 8, length)
-    early, late = (
-        jax.tree.map(lambda leaf, s=s: leaf[s], xs) for s in (slice(head), slice(head, None))
-    )
-    sequential = partial(run, kalman, backend=Sequential())
-    state, first = sequential(start, early)
-    if head == length:
-        return first
-
-    def in_parallel() -> FilterOutput:
-        known = state._replace(unknown=None)
-        output = run(kalman, known, late, backend=backend, state_dim=size)[1]
-        shape = (length - head, *state.unknown.shape)
-        return output._replace(unknown=jnp.broadcast_to(state.unknown, shape))
-
-    rest = where_sound(
-        jnp.all(state.unknown[:size] == 0), in_parallel, lambda: sequential(state, late)[1]
-    )
-    return jax.tree.map(lambda a, b: jnp.concatenate((a, b)), first, rest)
 
 
 def shift(leaf: Array) -> Array:

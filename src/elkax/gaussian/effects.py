@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from elkax.gaussian.kalman import FilterOutput, log_density, standardize
 from elkax.gaussian.model import Model
+from elkax.gaussian.output import FilterOutput, log_density, standardize
 
 # Directions of which the data say less than so many roundings are taken for undetermined.
 LEVEL = 100

@@ -7,19 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from elkax.gaussian.costates import (
-    Costates,
-    continues,
-    filter_model,
-    find_costates,
-    next_weights,
-    shift,
-)
+from elkax.gaussian.costates import Costates, continues, find_costates, next_weights, shift
 from elkax.gaussian.covariance import Covariance
 from elkax.gaussian.decorrelation import uncorrelate, uncorrelate_and_pull_back
 from elkax.gaussian.effects import combine_columns, estimate, over_effects
-from elkax.gaussian.kalman import FilterOutput, find_precision, fold_rows, log_density
+from elkax.gaussian.filtering import filter_model
+from elkax.gaussian.kalman import fold_rows
 from elkax.gaussian.model import RANKS, Model, constant_part, merge, over_time
+from elkax.gaussian.output import FilterOutput, find_precision, log_density
 from elkax.gaussian.sharing import share_mask
 from elkax.scan import Backend, lanes
 from elkax.scan.lanes import dot, from_lanes, matmul, matvec, product, to_lanes, transpose

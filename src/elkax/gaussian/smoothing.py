@@ -6,8 +6,8 @@ from jaxtyping import Array
 
 from elkax.gaussian.costates import smooth_by_costates
 from elkax.gaussian.covariance import Covariance
-from elkax.gaussian.kalman import FilterOutput
 from elkax.gaussian.model import Model
+from elkax.gaussian.output import FilterOutput
 from elkax.gaussian.whitened import smooth_by_factors
 from elkax.scan import Backend
 

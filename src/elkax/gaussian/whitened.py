@@ -10,9 +10,9 @@ from jaxtyping import Array
 
 from elkax.gaussian.costates import continues
 from elkax.gaussian.factor import gram
-from elkax.gaussian.kalman import FilterOutput
 from elkax.gaussian.markov import GaussMarkov, Transition
 from elkax.gaussian.model import Model
+from elkax.gaussian.output import FilterOutput
 from elkax.gaussian.square_root import SquareRoot, Turn
 from elkax.scan import Backend, lanes, run
 from elkax.scan.lanes import matmul, matvec, transpose

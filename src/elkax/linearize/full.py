@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from elkax.gaussian import Covariance, Model
-from elkax.gaussian.costates import filter_model
+from elkax.gaussian.filtering import filter_model
 from elkax.linearize.structure import Scanned, Step, pushforward
 from elkax.scan import Backend
 

@@ -9,7 +9,7 @@ from dynamax.linear_gaussian_ssm import PosteriorGSSMSmoothed
 from jaxtyping import Array, ArrayLike
 
 from elkax.gaussian import Form
-from elkax.gaussian.kalman import log_density
+from elkax.gaussian.output import log_density
 from elkax.linearize import Linearizer, Taylor
 from elkax.linearize.emissions import Residual
 from elkax.scan import Backend

@@ -14,10 +14,10 @@ from dynamax.linear_gaussian_ssm import (
 from jaxtyping import Array, ArrayLike
 
 from elkax.gaussian import Covariance, Form, Model, SquareRoot
-from elkax.gaussian.costates import filter_model
 from elkax.gaussian.decorrelation import uncorrelate
 from elkax.gaussian.effects import combine_columns, estimate, over_effects, spread
-from elkax.gaussian.kalman import FilterOutput, log_density
+from elkax.gaussian.filtering import filter_model
+from elkax.gaussian.output import FilterOutput, log_density
 from elkax.gaussian.score import filter_moments, log_likelihood, with_derivative_of
 from elkax.gaussian.sharing import share_mask
 from elkax.gaussian.smoothing import Smoothed, smooth

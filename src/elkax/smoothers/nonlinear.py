@@ -8,9 +8,9 @@ from jaxtyping import Array
 
 from elkax.gaussian import Covariance, FilterOutput, Form, KalmanFilter, Model, SquareRoot
 from elkax.gaussian.factor import cho_solve, psd_cholesky
-from elkax.gaussian.kalman import State, log_density
 from elkax.gaussian.markov import GaussMarkov, Transition
 from elkax.gaussian.model import RANKS
+from elkax.gaussian.output import State, log_density
 from elkax.gaussian.rounding import of_prediction
 from elkax.gaussian.smoothing import Smoothed, smooth
 from elkax.linearize import Affine, Linearizer, Observation, Taylor

@@ -10,10 +10,10 @@ from dynamax.linear_gaussian_ssm import ParamsLGSSM
 from jaxtyping import Array, ArrayLike
 
 from elkax.gaussian import Form, KalmanFilter, Model
-from elkax.gaussian.costates import encode_model
 from elkax.gaussian.decorrelation import uncorrelate
-from elkax.gaussian.kalman import State, log_density
+from elkax.gaussian.filtering import encode_model
 from elkax.gaussian.model import constant_part, merge, over_time
+from elkax.gaussian.output import State, log_density
 from elkax.gaussian.unknown import start
 from elkax.smoothers.checks import real_array
 from elkax.smoothers.linear import poison
