@@ -32,7 +32,8 @@ class OnlineState(NamedTuple):
         factor_low: (D, D) what rounding left out of the factor, (D, 0) if that is not known.
         error: (D, D) the size of what rounding left in the covariance, in the units of the form.
         unknown: (D + d, d) directions of which nothing is known yet, see `elkax.gaussian.unknown`;
-            None if there never were any.
+            None if there never were any. A state whose row of the first D is not zero has no mean
+            and no variance yet, whatever stands there.
     """
 
     mean: Array
@@ -48,8 +49,8 @@ class OnlineState(NamedTuple):
 def lgssm_online_start(params: ParamsLGSSM, *, form: str | None = None) -> OnlineState:
     """Return the state before the first emission.
 
-    States that are diffuse in `params.initial` have mean NaN and an infinite variance until the
-    emissions determine them, as `lgssm_filter` has it.
+    Of states that are diffuse in `params.initial` nothing is known until the emissions tell: see
+    `OnlineState.unknown`.
 
     Args:
         params: dynamax parameters.
