@@ -293,9 +293,9 @@ class KalmanFilter:
         eta = summary.eta - self.form.times(summary.j, move)
         return summary._replace(b=b, low=low, eta=eta, origin=origin)
 
-    def sound(self, summary: Summary) -> Array:
+    def sound(self, summary: Summary) -> Array | bool:
         """Tell whether the block's innovation covariances were nonsingular."""
-        return summary.sound
+        return summary.sound if self.form.exact_entries else True
 
     def predict(self, model: Model, state: State) -> State:
         """Predict one step; before the first one the state is exactly zero."""

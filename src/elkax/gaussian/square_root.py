@@ -231,7 +231,8 @@ def beside(left: Array, right: Array) -> Array:
 def _sum_later(x: Array, axis: int = 0) -> Array:
     """Sum the entries that come after each one along an axis, without subtracting anything."""
     size = x.shape[axis]
-    if size > lanes.MAX_UNROLLED:
+    # Without lanes a running sum is the fastest; with them it is one for each lane.
+    if size > lanes.MAX_UNROLLED or x.ndim == axis + 1:
         later = jnp.concatenate(
             (
                 jax.lax.slice_in_dim(x, 1, size, axis=axis),
