@@ -161,7 +161,7 @@ class BrysonFrazier(GaussMarkov):
         noise = self.fixed.noise if x.noise is None else x.noise
         mean, low, cov = x.filtered
         moved = lanes.materialize(lanes.product(back, cov))
-        smoothed = _without_negative(lanes.subtract(cov, matmul(cov, moved)))
+        smoothed = Covariance().settle(lanes.subtract(cov, matmul(cov, moved)))
         cross = matmul(cov, transpose(weights))
         drop = lanes.add(lanes.product(back, cross), lanes.product(transpose(half), noise))
         lagged = lanes.subtract(cross, matmul(cov, lanes.materialize(drop)))
@@ -210,13 +210,6 @@ def _only_where(flag: Array, leaf: Array, rank: int) -> Array:
     """Put zero where a flag (lanes) is False."""
     leaf, flag = lanes.align(leaf, rank, flag, 0)
     return jnp.where(flag, leaf, 0.0)
-
-
-def _without_negative(cov: Array) -> Array:
-    """Average with the transpose, and make a variance zero that rounding made negative."""
-    eye = lanes.identity(cov.shape[0], (1,) * (cov.ndim - 2), bool)
-    cov = 0.5 * (cov + transpose(cov))
-    return jnp.where(eye & (cov < 0), 0.0, cov)
 
 
 def _run_back(

@@ -103,8 +103,10 @@ class Covariance:
         return _correct(stored, row, matvec(stored, row), variance, gain)
 
     def settle(self, stored: Array) -> Array:
-        """Average with the transpose, after all updates of a time."""
-        return symmetrize(lanes.materialize(stored))
+        """Average with the transpose, and make a variance zero that rounding made negative."""
+        cov = symmetrize(lanes.materialize(stored))
+        eye = lanes.identity(cov.shape[0], (1,) * (cov.ndim - 2), bool)
+        return jnp.where(eye & (cov < 0), 0.0, cov)
 
     def accumulate(self, stored: Array, low: Array, columns: Array) -> tuple[Array, Array]:
         r"""Compute $J + GG^\top$, and what rounding left out of it.

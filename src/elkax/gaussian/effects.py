@@ -34,11 +34,17 @@ class Effect(NamedTuple):
     log_det: Array
 
 
+def proper_part(model: Model) -> Model:
+    r"""Give the model for $\delta = 0$, started from $N(m_0, P_0 + UU^\top)$."""
+    units = jnp.asarray(model.unknown)[: len(model.initial_mean)]
+    both = model.initial_cov + jnp.matmul(units, units.T, precision="highest")
+    return model._replace(initial_cov=both, unknown=None)
+
+
 def given_effects(model: Model) -> Model:
     r"""Stack the models given $\delta = 0$ and, without data or offsets, given each unit effect."""
-    size = len(model.initial_mean)
-    units = jnp.asarray(model.unknown)[:size].T
-    spread = jnp.matmul(units.T, units, precision="highest")
+    units = jnp.asarray(model.unknown)[: len(model.initial_mean)].T
+    model = proper_part(model)
 
     def stack(first: Array, rest: Array | None = None) -> Array:
         rest = jnp.zeros((len(units), *first.shape), first.dtype) if rest is None else rest
@@ -46,10 +52,8 @@ def given_effects(model: Model) -> Model:
 
     return model._replace(
         initial_mean=stack(model.initial_mean, units),
-        initial_cov=model.initial_cov + spread,
         offset=stack(model.offset),
         values=stack(model.values),
-        unknown=None,
     )
 
 

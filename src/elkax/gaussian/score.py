@@ -10,7 +10,7 @@ from jaxtyping import Array
 from elkax.gaussian.costates import Costates, continues, find_costates, next_weights, shift
 from elkax.gaussian.covariance import Covariance
 from elkax.gaussian.decorrelation import uncorrelate, uncorrelate_and_pull_back
-from elkax.gaussian.effects import combine_columns, estimate, over_effects
+from elkax.gaussian.effects import combine_columns, estimate, over_effects, proper_part
 from elkax.gaussian.filtering import filter_model
 from elkax.gaussian.kalman import fold_rows
 from elkax.gaussian.model import RANKS, Model, constant_part, merge, over_time
@@ -101,6 +101,7 @@ def log_likelihood(model: Model, form: Any, backend: Backend | None) -> Array:
             means = (combine_columns(leaf, effect) for leaf in _means(every, both))
             columns = _Columns(*means, cov=effect.cov)
             filtered, costates = jax.tree.map(lambda leaf: leaf[0], (every, both))
+            plain = proper_part(plain)
         # Where the data contradict the model there is no slope.
         gradient = pull_back(_score(plain, filtered, costates, columns))
         gradient = jax.tree.map(lambda g: jnp.where(value == -jnp.inf, 0.0, g), gradient)

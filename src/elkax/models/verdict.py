@@ -9,8 +9,10 @@ import numpy as np
 from dynamax.linear_gaussian_ssm import ParamsLGSSM
 from jaxtyping import PyTree
 
+from elkax.gaussian import Covariance
 from elkax.models.search import Point, Search
 from elkax.smoothers import ExactDiffuse, Stationary
+from elkax.smoothers.prepare import find_form
 
 # Moved by one standard error towards its boundary, a number changes the slope by this share at most
 # of what its curvature says. A maximum inside changes it by all of it.
@@ -66,14 +68,14 @@ def find_boundary(
 
 
 def describe_end(
-    search: Search, ending: str, tolerance: float, dtype: Any, form: str, notes: list[str]
+    search: Search, ending: str, tolerance: float, dtype: Any, form: str | None, notes: list[str]
 ) -> str:
     """Say whether the search converged, and if it did not, why and what to do."""
     gain = f"a further step is expected to gain {search.gain:.1e} nats"
     if ending == "converged":
         return "; ".join([f"converged: {gain}, within the tolerance of {tolerance:.1e}", *notes])
     remedies = ["start elsewhere"]
-    if form != "square_root":
+    if isinstance(find_form(form, dtype), Covariance):
         remedies.insert(0, 'use form="square_root"')
     if jnp.finfo(dtype).eps > 1e-10:
         remedies.insert(0, FLOAT64)

@@ -1,6 +1,7 @@
 """Initial distributions that parameters alone cannot say: stationary and exactly diffuse."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -98,14 +99,19 @@ class ExactDiffuse:
         Raises:
             ValueError: if `components` does not fit the state, or names none.
         """
-        mask = np.array(self.mask(model.initial_mean.shape[0]))
-        keep = ~mask[:, None] & ~mask[None, :]
-        model = model._replace(
-            initial_mean=jnp.where(mask, 0.0, model.initial_mean),
-            initial_cov=jnp.where(keep, model.initial_cov, 0.0),
-        )
-        units = jnp.diag(jnp.sqrt(natural_variances(model)))[:, mask]
-        return model._replace(unknown=start(units))
+        return _with_effects(model, self.mask(model.initial_mean.shape[0]))
+
+
+@partial(jax.jit, static_argnames="diffuse")
+def _with_effects(model: Model, diffuse: tuple[bool, ...]) -> Model:
+    mask = np.array(diffuse)
+    keep = ~mask[:, None] & ~mask[None, :]
+    model = model._replace(
+        initial_mean=jnp.where(mask, 0.0, model.initial_mean),
+        initial_cov=jnp.where(keep, model.initial_cov, 0.0),
+    )
+    units = jnp.diag(jnp.sqrt(natural_variances(model)))[:, mask]
+    return model._replace(unknown=start(units))
 
 
 def natural_variances(model: Model) -> Array:
