@@ -20,7 +20,8 @@ NILE = load_nile().values[:, None]
 
 
 def nile_model(theta):
-    return local_level(jnp.exp(theta["level"]), jnp.exp(theta["noise"]))
+    # Durbin & Koopman start from N(0, 1e7) where they do not start exactly diffuse.
+    return local_level(jnp.exp(theta["level"]), jnp.exp(theta["noise"]), 0.0, 1e7)
 
 
 def start(dtype=float):

@@ -33,7 +33,7 @@ def freeze(props, places):
 def nile_with_variances_free():
     """The local level at the maximum (start N(0, 1e7)), and only its variances trainable."""
     # The maximum to nine digits; a Nelder-Mead search on statsmodels' likelihood ends there too.
-    params = local_level(1468.5003284, 15099.6858361)
+    params = local_level(1468.5003284, 15099.6858361, initial_variance=1e7)
     model = LinearGaussianSSM(1, 1)
     _, props = model.initialize(jax.random.key(0))
     freeze(props, [*FIXED, ("dynamics", "weights"), ("emissions", "weights")])
