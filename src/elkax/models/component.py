@@ -95,7 +95,8 @@ def _infinite(value: Numbers, size: int) -> np.ndarray:
     """Tell which variances are known to be infinite, also those in a list with traced ones."""
     parts = value if isinstance(value, list | tuple) else [value]
     known = [not isinstance(part, Tracer) and np.isposinf(np.asarray(part)) for part in parts]
-    return np.broadcast_to(np.ravel(known), size)
+    flat = np.concatenate([np.atleast_1d(np.asarray(each)) for each in known])
+    return np.broadcast_to(flat, (size,))
 
 
 def _filled(name: str, value: Numbers, dtype: jnp.dtype, size: int | None) -> Array:

@@ -229,7 +229,7 @@ def _negative_eigenvalues(stack: np.ndarray, eps: float, tolerance: float) -> np
             return None
     except np.linalg.LinAlgError:
         pass  # an eigenvalue below, or a number that is not finite
-    finite = np.isfinite(stack).all((-1, -2))[:, None]
+    finite = np.all(np.isfinite(stack), axis=(-1, -2), keepdims=True)[:, 0]
     # What is left of a covariance that should be zero is rounding of the larger variance.
     largest = np.maximum(variances[:, :, None], variances[:, None, :])
     noise = np.abs(stack) <= 8 * size * eps * largest

@@ -180,7 +180,7 @@ def diffuse_mask(initial: ParamsLGSSMInitial) -> tuple[bool, ...]:
     Raises:
         ValueError: if the mask of the record does not fit its mean.
     """
-    size = np.shape(initial.mean)[-1]
+    size = jnp.shape(jnp.asarray(initial.mean))[-1]
     mask = np.zeros(size, bool)
     if isinstance(initial, DiffuseInitial):
         if len(initial.diffuse) != size:
