@@ -284,15 +284,19 @@ def lgssm_filter(
         emissions: $y$ (T, N). NaN is missing, whole rows or single entries.
         inputs: $u$ (T, U); `inputs[t]` enters the step into $z_t$ and the emission at t.
         backend: how to run over time; chosen by `elkax.scan.choose` if None.
-        form: "covariance", or "square_root" for float32 and badly scaled models.
-        initial: `Stationary()` or `ExactDiffuse()` in place of the initial distribution.
+        form: "covariance", or "square_root" for badly scaled models; if None, square roots in types
+            of few digits such as float32, else covariances.
+        initial: `Stationary()` in place of the initial distribution, or `ExactDiffuse()` for states
+            of which nothing is known, beside those that are diffuse in the parameters.
         length: only the first `length` time steps exist; what follows is padding, where the last
             posterior is repeated. For ragged batches under `vmap`.
 
     Returns:
         Log-likelihood, filtered means (T, D) and covariances (T, D, D). The log-likelihood is NaN
-        if a parameter is not finite or an innovation covariance is singular. Cost O(T D^3 + T N
-        D^2), memory O(T D^2).
+        if a parameter is not finite. An emission without error (R = 0) of what is known exactly is
+        left out of it, or makes it $-\infty$ where it contradicts that: R = 0 is no point to search
+        across. A state of which nothing is known has mean and covariances NaN and an infinite
+        variance. Cost O(T D^3 + T N D^2), memory O(T D^2).
 
     Raises:
         ValueError: on shapes that do not fit, T = 0, covariances that are not symmetric, missing
@@ -321,8 +325,9 @@ def lgssm_smoother(
 ) -> PosteriorGSSMSmoothed:
     r"""Compute $p(z_t \mid y_{1:T}, u_{1:T})$ for every t.
 
-    Arguments, errors and cost as `lgssm_filter`. By Rauch-Tung-Striebel in Joseph form, or by
-    Bryson-Frazier where a predicted covariance is singular.
+    Arguments, errors and cost as `lgssm_filter`. In covariance form by Bryson-Frazier, in
+    square-root form by rotations of factors; neither solves with a covariance of states, so every
+    rank of Q, R and P0 is ordinary.
 
     Returns:
         What `lgssm_filter` gives, smoothed means (T, D) and covariances (T, D, D), and
@@ -330,7 +335,7 @@ def lgssm_smoother(
         $E[z_tz_{t+1}^\top \mid y_{1:T}]$.
 
     References:
-        Rauch, Tung & Striebel (1965); Bryson & Frazier (1963); Särkkä & Svensson (2023), Ch. 12.
+        Bryson & Frazier (1963); Durbin & Koopman (2012), Ch. 4 and 6.
     """
     problem, stored = setup(
         params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
@@ -356,8 +361,8 @@ def lgssm_marginal_log_prob(
     taken forward, in reverse, and again for the Hessian.
 
     Returns:
-        The log-likelihood, a scalar; NaN if a parameter is not finite or an innovation covariance
-        is singular.
+        The log-likelihood, a scalar, as `lgssm_filter` has it; where it is $-\infty$ its derivative
+        is zero.
 
     References:
         Koopman & Shephard (1992), Biometrika 79(4).
