@@ -1,9 +1,8 @@
 """Factorisations of small matrices over lanes.
 
-Matrix axes come first, lanes last. Columns are run over by a `fori_loop`, which compiles fast, or,
-where `written_out` asks for it and they are few, written out with every column materialized, which
-runs two to three times faster over lanes. None of them calls a batched triangular or LU solve,
-which can deadlock XLA's CPU thread pool inside a parallel scan and is slow for small matrices.
+Matrix axes come first, lanes last. Columns are run over by a `fori_loop`, which compiles fast. None
+of them calls a batched triangular or LU solve, which can deadlock XLA's CPU thread pool inside a
+parallel scan and is slow for small matrices.
 """
 
 from collections.abc import Callable
@@ -15,8 +14,6 @@ from jaxtyping import Array, Float
 
 from elkax.scan import lanes
 from elkax.scan.lanes import (
-    LOOPS_ARE_KERNELS,
-    MAX_UNROLLED,
     materialize,
     matmul,
     matvec,
@@ -27,16 +24,9 @@ from elkax.scan.lanes import (
 Index = Array | int
 
 
-def _loop(
-    count: int, body: Callable[[Index, Array], Array], value: Array, *, written_out: bool = False
-) -> Array:
+def _loop(count: int, body: Callable[[Index, Array], Array], value: Array) -> Array:
     """Apply `value = body(i, value)` for i = 0, ..., count - 1, in order."""
-    as_fast = LOOPS_ARE_KERNELS and jax.default_backend() == "cpu"
-    if count > MAX_UNROLLED or as_fast or not written_out:
-        return jax.lax.fori_loop(0, count, body, value)
-    for i in range(count):
-        value = materialize(body(i, value))
-    return value
+    return jax.lax.fori_loop(0, count, body, value)
 
 
 def _unit(size: int, j: Index, rank: int, dtype) -> Array:
@@ -44,9 +34,7 @@ def _unit(size: int, j: Index, rank: int, dtype) -> Array:
     return (jnp.arange(size) == j).astype(dtype).reshape((size,) + (1,) * (rank - 1))
 
 
-def psd_cholesky(
-    p: Float[Array, "n n *lanes"], *, written_out: bool = False
-) -> Float[Array, "n n *lanes"]:
+def psd_cholesky(p: Float[Array, "n n *lanes"]) -> Float[Array, "n n *lanes"]:
     r"""Compute a lower $L$ with $LL^\top = P$ for positive semi-definite $P$.
 
     A pivot at or below rounding level, $d_j \le 4n\,\epsilon\,P_{jj}$, gives a zero column: for a
@@ -54,7 +42,6 @@ def psd_cholesky(
 
     Args:
         p: symmetric positive semi-definite; only its lower triangle is read.
-        written_out: compile longer and run faster.
 
     Returns:
         Lower factor, possibly singular.
@@ -70,7 +57,7 @@ def psd_cholesky(
         c = materialize(jnp.where(below >= j, c * scale, 0.0), 1)
         return factor + outer(c, _unit(size, j, c.ndim, p.dtype))
 
-    return _loop(size, column, jnp.zeros_like(p), written_out=written_out)
+    return _loop(size, column, jnp.zeros_like(p))
 
 
 def tria(a: Float[Array, "n m *lanes"]) -> Float[Array, "n n *lanes"]:
@@ -176,7 +163,6 @@ def solve_lower(
     b: Float[Array, "n m *lanes_b"],
     *,
     transposed: bool = False,
-    written_out: bool = False,
 ) -> Float[Array, "n m *lanes_x"]:
     r"""Solve $LX = B$, or $L^\top X = B$, by substitution over lanes.
 
@@ -184,7 +170,6 @@ def solve_lower(
         factor: lower $L$; where a pivot is zero, as `psd_cholesky` makes it, $X$ is zero.
         b: right-hand sides.
         transposed: solve with $L^\top$.
-        written_out: compile longer and run faster.
 
     Returns:
         $X$.
@@ -202,18 +187,16 @@ def solve_lower(
         value = materialize(jnp.where(pivot == 0, 0.0, rest / jnp.where(pivot == 0, 1.0, pivot)), 1)
         return x + _unit(size, i, x.ndim, x.dtype) * value
 
-    return _loop(size, row, start, written_out=written_out)
+    return _loop(size, row, start)
 
 
 def cho_solve(
     factor: Float[Array, "n n *lanes"],
     b: Float[Array, "n m *lanes_b"],
-    *,
-    written_out: bool = False,
 ) -> Float[Array, "n m *lanes_x"]:
     r"""Solve $LL^\top X = B$ over lanes."""
-    half = solve_lower(factor, b, written_out=written_out)
-    return solve_lower(factor, half, transposed=True, written_out=written_out)
+    half = solve_lower(factor, b)
+    return solve_lower(factor, half, transposed=True)
 
 
 @jax.custom_jvp

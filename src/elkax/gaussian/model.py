@@ -62,16 +62,6 @@ def over_time(function: Callable[[Any, int], Any], model: Model) -> Model:
     )
 
 
-def dynamics_over_time(model: Model) -> Model:
-    """Keep what varies in time of weights, noise and validity; the other fields become None.
-
-    For work that needs no more: what a loop is given it fetches, used or not.
-    """
-    varying = over_time(lambda field, rank: field, model)
-    kept = {name: getattr(varying, name) for name in ("weights", "noise", "valid")}
-    return Model(*[None] * len(RANKS))._replace(**kept)
-
-
 def constant_part(model: Model) -> Model:
     """Keep the fields that are the same at all times; the others become None."""
     return Model(

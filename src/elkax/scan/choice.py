@@ -9,7 +9,6 @@ from jaxtyping import PyTree
 
 from elkax.scan.blocked import Blocked
 from elkax.scan.lanes import LOOPS_ARE_KERNELS
-from elkax.scan.layout import fills_lanes
 from elkax.scan.protocol import Backend, Scannable, State, sequence_length
 from elkax.scan.sequential import Sequential
 from elkax.scan.series import run_series
@@ -62,15 +61,6 @@ def runs_in_sequence(backend: Backend | None, num_timesteps: int, state_dim: int
     if backend is None:
         backend = choose(num_timesteps=num_timesteps, state_dim=state_dim)
     return isinstance(backend, Sequential)
-
-
-def steps_fill_machine(backend: Backend | None, num_timesteps: int, state_dim: int) -> bool:
-    """Tell whether single steps run in sequence because each of them keeps the machine busy.
-
-    Passes over all times are then best made in one, instead of one after the other.
-    """
-    in_sequence = runs_in_sequence(backend, num_timesteps, state_dim)
-    return in_sequence and not fills_lanes(state_dim)
 
 
 def run(
