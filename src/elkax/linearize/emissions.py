@@ -216,10 +216,11 @@ class DensityEmission:
         )
         values, vectors = jnp.linalg.eigh(matrix)
         largest, square = jnp.max(jnp.abs(values)), jnp.sum(gradient * gradient)
-        small = jnp.sqrt(jnp.finfo(mean.dtype).eps)
+        eps = jnp.finfo(mean.dtype).eps
         # A direction without curvature gets some, so that its gradient still counts; where there
         # is none at all, as beside the kink of a Laplace density, that of the squared gradient.
-        least = jnp.where(largest > small * square, small * largest, square)
+        least = jnp.maximum(jnp.sqrt(eps) * largest, eps**2 * square)
+        least = jnp.where(largest > 0, least, square)
         nothing = (largest == 0) & (square == 0)
         values = jnp.maximum(jnp.abs(values), jnp.where(nothing, 1.0, least))
         observed = jnp.broadcast_to(jnp.any(datum.observed) & ~nothing, mean.shape)

@@ -26,7 +26,7 @@ from elkax.smoothers import (
     laplace_log_prob,
 )
 from elkax.smoothers.damping import Damping, LevenbergMarquardt
-from elkax.smoothers.iterated import check_strategy
+from elkax.smoothers.iterated import MAX_ITERS, check_strategy
 from elkax.smoothers.prepare import check_backend, check_count, find_form
 from elkax.smoothers.system import NonlinearParams
 
@@ -42,8 +42,7 @@ class NonlinearSSM(SSM):
         input_dim: U, 0 if the functions take no inputs.
         linearizer: `Taylor()` or `SigmaPoints(rule)`.
         damping: as `iterated_smoother`.
-        max_iters: most iterations of the smoother. More than `iterated_smoother` takes, since
-            there is no log-likelihood without convergence; only hard sequences need many.
+        max_iters: most iterations of the smoother.
         tolerance: as `iterated_smoother`.
         start: as `iterated_smoother`.
         residual: as `iterated_smoother`.
@@ -65,7 +64,7 @@ class NonlinearSSM(SSM):
         *,
         linearizer: Linearizer = Taylor(),
         damping: Damping = LevenbergMarquardt(),
-        max_iters: int = 500,
+        max_iters: int = MAX_ITERS,
         tolerance: float | None = None,
         start: Any = None,
         residual: Residual | None = None,

@@ -4,8 +4,9 @@ from elkax.smoothers.damping import Damping, GaussNewton, LevenbergMarquardt, Li
 from elkax.smoothers.descent import Record
 from elkax.smoothers.diffuse_initial import DiffuseInitial
 from elkax.smoothers.forecasting import Forecast, lgssm_forecast
+from elkax.smoothers.info import Info, Starts
 from elkax.smoothers.initial import ExactDiffuse, Stationary
-from elkax.smoothers.iterated import Info, Solution, iterated_smoother
+from elkax.smoothers.iterated import Solution, iterated_smoother
 from elkax.smoothers.iteration import Status
 from elkax.smoothers.linear import lgssm_filter, lgssm_marginal_log_prob, lgssm_smoother
 from elkax.smoothers.nonlinear_filters import (
@@ -53,6 +54,7 @@ __all__ = [
     "ParamsDistributionSSM",
     "Record",
     "Solution",
+    "Starts",
     "Stationary",
     "Status",
     "TrustRegion",

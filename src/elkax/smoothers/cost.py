@@ -45,10 +45,18 @@ class Misfit(NamedTuple):
 
     def reduction(self, after: "Misfit") -> Array:
         """Return by how much the cost falls, from differences of the terms and not of the sums."""
-        total = jnp.sum(self.extra - after.extra)
-        for old, new in ((self.dynamics, after.dynamics), (self.emission, after.emission)):
-            total = total + 0.5 * jnp.sum((old - new) * (old + new))
-        return total
+        extra, dynamics, emission = self._falls(after)
+        return jnp.sum(extra) + jnp.sum(dynamics) + jnp.sum(emission)
+
+    def distance(self, after: "Misfit") -> Array:
+        """Return the root of the sum of the squares of the differences of all terms."""
+        extra, dynamics, emission = self._falls(after)
+        return jnp.sqrt(jnp.sum(extra**2) + jnp.sum(dynamics**2) + jnp.sum(emission**2))
+
+    def _falls(self, after: "Misfit") -> tuple[Array, Array, Array]:
+        dynamics = 0.5 * (self.dynamics - after.dynamics) * (self.dynamics + after.dynamics)
+        emission = 0.5 * (self.emission - after.emission) * (self.emission + after.emission)
+        return self.extra - after.extra, dynamics, emission
 
 
 def measure(

@@ -1,5 +1,6 @@
 """The iterated smoother: where it starts, its loop, and what it returns."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,39 +15,25 @@ from elkax.linearize import Linearizer, Taylor
 from elkax.linearize.emissions import Residual
 from elkax.scan import Backend
 from elkax.smoothers.cost import hessian_diagonal, measure
-from elkax.smoothers.damping import Damping, LevenbergMarquardt
-from elkax.smoothers.descent import Point, Record, Solver, advance
-from elkax.smoothers.iteration import Tolerance, iterate
+from elkax.smoothers.damping import Damping, LevenbergMarquardt, LineSearch
+from elkax.smoothers.descent import Point, Solver, advance
+from elkax.smoothers.info import Info, Starts
+from elkax.smoothers.iteration import Status, Tolerance, iterate
 from elkax.smoothers.linear import assemble_posterior, filter_and_smooth
 from elkax.smoothers.linearization import Linearized, linearize
-from elkax.smoothers.nonlinear import filter_system, smooth_filtered
-from elkax.smoothers.prepare import check_backend, check_count, find_form, real_array
-from elkax.smoothers.stationarity import at_fixed_point, at_least_cost, minimises
+from elkax.smoothers.prepare import check_backend, check_count, find_form
+from elkax.smoothers.start import find_start
+from elkax.smoothers.stationarity import (
+    at_fixed_point,
+    at_least_cost,
+    laplace_log_prob,
+    minimises,
+)
 from elkax.smoothers.system import Data, NonlinearParams, System, for_emissions, prepare_system
+from elkax.smoothers.trust_region import TrustRegion
 
-
-class Info(NamedTuple):
-    r"""How an iterated smoother ended, readable under `jit`.
-
-    Attributes:
-        status: a `Status` as an integer: 0 converged, 1 max_iters, 2 nonfinite, 3 stalled.
-        iterations: number of iterations.
-        cost: MAP cost of `trajectory`, less the normalising constants of its Gaussian terms; for
-            linearizers that use a covariance, that of the expected functions with it held fixed.
-        damping: as `Record`, of the last iteration.
-        step: as `Record`, of the last iteration.
-        constraint_residual: sum of $|z_t - f(z_{t-1})|$ and $|y_t - h(z_t)|$ in the directions
-            that have no noise; zero if every covariance is regular.
-        history: a `Record` with leading axis `max_iters`, NaN after the last; None if not kept.
-    """
-
-    status: Array
-    iterations: Array
-    cost: Array
-    damping: Array
-    step: Array
-    constraint_residual: Array
-    history: Record | None
+# High enough for hard sequences; easy ones stop when they have arrived.
+MAX_ITERS = 500
 
 
 class Solution(NamedTuple):
@@ -63,6 +50,32 @@ class Solution(NamedTuple):
     trajectory: Array
     info: Info
 
+    def check(
+        self,
+        params: NonlinearParams,
+        emissions: ArrayLike,
+        inputs: ArrayLike | None = None,
+        *,
+        residual: Residual | None = None,
+    ) -> Info:
+        """Say whether the iteration converged to a minimum, at the cost of `laplace_log_prob`.
+
+        Args:
+            params: as for `iterated_smoother`, with `Taylor()`.
+            emissions: as there.
+            inputs: as there.
+            residual: as there.
+
+        Returns:
+            `info`, its status "saddle" where it converged and the exact Hessian of the MAP cost is
+            not positive definite.
+        """
+        value = laplace_log_prob(
+            params, emissions, inputs, trajectory=self.trajectory, residual=residual
+        )
+        saddle = self.info.converged & jnp.isnan(value)
+        return self.info._replace(status=jnp.where(saddle, int(Status.SADDLE), self.info.status))
+
 
 @partial(
     jax.jit,
@@ -73,9 +86,9 @@ def _solve(
     data: Data,
     means: Array,
     covs: Array | None,
+    *,
     max_iters: Array,
     tolerance: Array,
-    *,
     linearizer: Linearizer,
     damping: Damping,
     form: Form,
@@ -85,7 +98,8 @@ def _solve(
     solver = Solver(system, data, linearizer, damping, form, backend)
     hessian = hessian_diagonal(linearize(system, data, linearizer, means, covs))
     zero = jnp.zeros((), means.dtype)
-    start = Point(means, covs, damping.start(hessian), zero, jnp.full((), jnp.inf, means.dtype))
+    control = damping.start(hessian)
+    start = Point(means, covs, control, zero, jnp.full_like(zero, jnp.inf), jnp.asarray(0))
     # Derivatives are those of the end, not of the way there.
     start = jax.lax.stop_gradient(start)
     step, closed = jax.closure_convert(partial(advance, solver), start)
@@ -103,6 +117,10 @@ def _solve(
         means, covs = at_fixed_point(closed, point.means, point.covs)
     linearized = linearize(system, data, linearizer, means, covs)
     misfit = measure(system, data, linearizer, linearized, means, covs)
+    excess = None
+    if system.emission.quadratic:
+        count = jnp.maximum(jnp.sum(data.observed), 1).astype(means.dtype)
+        excess = (2.0 * misfit.cost() - count) / jnp.sqrt(2.0 * count)
     info = Info(
         outcome.status,
         outcome.iterations,
@@ -111,6 +129,7 @@ def _solve(
         outcome.last.step,
         misfit.violation(),
         outcome.history,
+        excess,
     )
     return Solution(posterior_of(linearized, form, backend), means, info)
 
@@ -131,9 +150,10 @@ def iterated_smoother(
     *,
     linearizer: Linearizer = Taylor(),
     damping: Damping = LevenbergMarquardt(),
-    max_iters: int = 50,
+    max_iters: int = MAX_ITERS,
     tolerance: ArrayLike | None = None,
     start: Any = None,
+    starts: Sequence[Any] | None = None,
     residual: Residual | None = None,
     backend: Backend | None = None,
     form: str = "covariance",
@@ -144,9 +164,10 @@ def iterated_smoother(
     Each iteration linearizes every step and emission about the last trajectory, adds the damping
     as pseudo-observations, and smooths the linear-Gaussian model, in parallel over time. With
     `Taylor()` this minimises the MAP cost, by Gauss-Newton if undamped; with `SigmaPoints()` it is
-    the posterior-linearization smoother, judged by its own fixed point. A step is accepted only if
-    it lowers the cost, or, where Q, P0 or R is singular, the cost in their ranges plus a penalty
-    on the rest.
+    the posterior-linearization smoother, which minimises nothing: every finite step is taken, and
+    damped if the steps get longer. With `Taylor()` a step is accepted only if it lowers the cost by
+    more than the rounding of its terms, or, where Q, P0 or R is singular, the cost in their ranges
+    plus a penalty on the rest; or if model and cost agree on a change that is less than that.
 
     Args:
         params: dynamax's `ParamsNLGSSM` or `ParamsGGSSM`, or `ParamsDistributionSSM`. Functions of
@@ -158,16 +179,19 @@ def iterated_smoother(
         max_iters: most iterations, 0 or more.
         tolerance: when the step (see `Record`) and the relative change of the cost are this small,
             the iteration has converged. By default the square root of the precision of the dtype.
-        start: where to linearize first. None for a pass of the filter and smoother, "prior" for
-            the initial mean carried forward by f, a trajectory (T, D), one state (D,) for all
-            times, or a smoothed posterior.
+            It has converged as well if rounding hides all progress and steps are short.
+        start: where to linearize first. "prior" for the initial mean carried forward by f, a
+            trajectory (T, D), one state (D,) for all times, or a smoothed posterior; None for a
+            pass of the filter and smoother, or "prior" where that has the lower cost.
+        starts: several of those in place of `start`. All are tried side by side, and the one that
+            ends lowest is returned, those that converged before the others.
         residual: $(y, \hat y)$ to their difference, for emissions on a circle.
         backend: how to run over time; chosen by `elkax.scan.choose` if None.
         form: "covariance" or "square_root".
         history: whether to keep cost, damping and step of every iteration.
 
     Returns:
-        Posterior, trajectory and `Info`. If a start is not finite, the initial mean at all times
+        Posterior, trajectory and `Info`. If no start is finite, the initial mean at all times
         takes its place. One iteration costs O(T D^3 + T N D^2) and as many evaluations of f and h
         and their derivatives as the linearizer takes. With `Taylor()` the trajectory at
         convergence, and so the posterior, has the derivative of the implicit function theorem with
@@ -188,22 +212,42 @@ def iterated_smoother(
     check_strategy(linearizer, damping, max_iters)
     system, data = prepare_system(params, emissions, inputs, residual=residual)
     stored = for_emissions(stored, system, data)
-    means, covs = _find_start(start, system, data, linearizer, stored, backend)
-    dtype = means.dtype
+    find = partial(
+        find_start, system=system, data=data, linearizer=linearizer, form=stored, backend=backend
+    )
+    dtype = data.initial_mean.dtype
     tolerance = jnp.sqrt(jnp.finfo(dtype).eps) if tolerance is None else tolerance
-    return _solve(
+    solve = partial(
+        _solve,
         system,
         data,
-        means,
-        covs,
-        jnp.asarray(max_iters),
-        jnp.asarray(tolerance, dtype),
+        max_iters=jnp.asarray(max_iters),
+        tolerance=jnp.asarray(tolerance, dtype),
         linearizer=linearizer,
         damping=damping,
         form=stored,
         backend=backend,
         history=max_iters if history else 0,
     )
+    if starts is None:
+        return solve(*find(start))
+    if start is not None or isinstance(starts, str) or len(starts) == 0:
+        raise ValueError(
+            "give either start or starts, a list of at least one of what start takes, got "
+            f"start={start!r}, starts={starts!r}"
+        )
+    found = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(find, starts))
+    return _best(jax.vmap(solve)(*found))
+
+
+def _best(solutions: Solution) -> Solution:
+    """Return the solution of least cost, of those that converged if any did."""
+    info = solutions.info
+    missed = jnp.any(info.converged) & ~info.converged
+    cost = jnp.where(jnp.isnan(info.cost) | missed, jnp.inf, info.cost)
+    best = jax.tree.map(lambda leaf: leaf[jnp.argmin(cost)], solutions)
+    starts = Starts(info.status, info.iterations, info.cost)
+    return best._replace(info=best.info._replace(starts=starts))
 
 
 def check_strategy(linearizer: Any, damping: Any, max_iters: Any) -> None:
@@ -214,60 +258,10 @@ def check_strategy(linearizer: Any, damping: Any, max_iters: Any) -> None:
     ):
         if isinstance(value, type) or not isinstance(value, kind):
             raise TypeError(f"{name} must be an object such as elkax.{example}, got {value!r}")
+    if linearizer.uses_covariance and isinstance(damping, LineSearch | TrustRegion):
+        raise TypeError(
+            f"damping must be elkax.LevenbergMarquardt() or elkax.GaussNewton() with {linearizer}, "
+            f"whose fixed point minimises no cost to search along, got {damping}"
+        )
     if max_iters != 0:
         check_count("max_iters", max_iters)
-
-
-@partial(jax.jit, static_argnames=("system", "linearizer", "form", "backend"))
-def _filter_start(
-    system: System, data: Data, *, linearizer: Linearizer, form: Form, backend: Backend | None
-) -> tuple[Array, Array]:
-    smoothed = smooth_filtered(filter_system(system, data, linearizer, form), form, backend)
-    return smoothed.mean, smoothed.cov
-
-
-@partial(jax.jit, static_argnames=("system",))
-def _prior_start(system: System, data: Data) -> Array:
-    def one(state: Array, inputs: Array | None) -> tuple[Array, Array]:
-        state = system.advance(state, inputs)
-        return state, state
-
-    length = data.values.shape[0] - 1
-    inputs = None if data.inputs is None else data.inputs[1:]
-    _, later = jax.lax.scan(one, data.initial_mean, inputs, length=length)
-    return jnp.concatenate((data.initial_mean[None], later))
-
-
-def _find_start(
-    start: Any,
-    system: System,
-    data: Data,
-    linearizer: Linearizer,
-    form: Form,
-    backend: Backend | None,
-) -> tuple[Array, Array | None]:
-    """Return the first trajectory and, if the linearizer uses them, covariances."""
-    shape = (data.values.shape[0], *data.initial_mean.shape)
-    dtype = data.initial_mean.dtype
-    # Without covariances sigma points begin as a Taylor expansion, their limit.
-    covs = jnp.zeros((*shape, shape[1]), dtype)
-    if start is None:
-        means, covs = _filter_start(system, data, linearizer=linearizer, form=form, backend=backend)
-    elif isinstance(start, str):
-        if start != "prior":
-            raise ValueError(
-                f'start must be None, "prior", a trajectory, a state or a posterior, got {start!r}'
-            )
-        means = _prior_start(system, data)
-    else:
-        if isinstance(start, PosteriorGSSMSmoothed):
-            covs = real_array("start.smoothed_covariances", start.smoothed_covariances)
-            start = start.smoothed_means
-        means = real_array("start", start).astype(dtype)
-        if means.shape not in (shape, shape[1:]) or covs.shape != (*shape, shape[1]):
-            raise ValueError(f"start must be of shape {shape} or {shape[1:]}, got {means.shape}")
-        means = jnp.broadcast_to(means, shape)
-    finite = jnp.all(jnp.isfinite(means)) & jnp.all(jnp.isfinite(covs))
-    means = jnp.where(finite, means, data.initial_mean)
-    covs = jnp.where(finite, covs, 0.0).astype(dtype)
-    return means, covs if linearizer.uses_covariance else None

@@ -17,6 +17,11 @@ class Status(IntEnum):
     NONFINITE = 2
     STALLED = 3
     ILL_CONDITIONED = 4
+    SADDLE = 5
+
+    def __str__(self) -> str:
+        """Return the word."""
+        return self.name.lower()
 
 
 class Progress(NamedTuple):

@@ -60,6 +60,10 @@ class TrustRegion:
         r"""Return $\lambda d$; see `Damping`."""
         return jnp.broadcast_to(control.strength * control.reference, means.shape)
 
+    def curved(self, control: Region) -> bool:
+        """Tell whether there are second derivatives; see `Damping`."""
+        return self.second_order
+
     def judge(self, control: Region, attempt: Attempt) -> Verdict:
         """Compare length and fall of the step with what was expected; see `Damping`."""
         whole, partly, choice, ratio = judge_gain(attempt)
