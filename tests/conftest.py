@@ -1,5 +1,4 @@
 import gc
-import importlib.metadata
 import os
 import tempfile
 
@@ -7,18 +6,10 @@ import jax
 import pytest
 from jaxtyping import config, install_import_hook
 
-# Most of the time of the tests is compilation of programs that run once: compile fast instead of
-# well. Read when JAX first computes; the processes of pytest-xdist inherit it.
-_flags = ["--xla_backend_optimization_level=0"]
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # XLA stops at a flag that it does not know. The emitters that later versions no longer have
-    # take half as long; splitting a program in parts pays where cores are idle.
-    _flags += [
-        "--xla_cpu_use_fusion_emitters=false",
-        "--xla_cpu_parallel_codegen_split_count=1",
-        "--xla_llvm_disable_expensive_passes=true",
-    ]
-os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
+from fast_compilation import xla_flags
+
+# The processes of pytest-xdist inherit it.
+os.environ.setdefault("XLA_FLAGS", xla_flags())
 
 # Tracing makes millions of objects that live on.
 gc.set_threshold(200_000, 50, 100)
