@@ -205,7 +205,7 @@ class DensityEmission:
         def log_density(state: Array) -> Array:
             return self.log_density(datum, state)
 
-        gradient = linearizer.expect(jax.grad(log_density), mean, cov)
+        gradient = linearizer.expect(jax.jacfwd(log_density), mean, cov)
         matrix = self.curvature(
             linearizer,
             log_density,

@@ -1,5 +1,6 @@
 """First-order Taylor expansion."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,6 +9,14 @@ from jaxtyping import Array
 
 from elkax.linearize.affine import Affine, Function
 from elkax.scan.lanes import matvec
+
+
+def hessian(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """Return the second derivatives of a function, D^2 tangents of it.
+
+    By forward mode twice, so that loops of unknown length, as of an implicit integrator, have them.
+    """
+    return jax.jacfwd(jax.jacfwd(function))
 
 
 @dataclass(frozen=True)

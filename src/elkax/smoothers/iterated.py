@@ -13,6 +13,7 @@ from elkax.gaussian.output import log_density
 from elkax.linearize import Linearizer, Taylor
 from elkax.linearize.emissions import Residual
 from elkax.scan import Backend
+from elkax.scan.lanes import matmul, matvec
 from elkax.smoothers.cost import hessian_diagonal, measure
 from elkax.smoothers.damping import Damping, LevenbergMarquardt
 from elkax.smoothers.descent import Point, Record, Solver, advance
@@ -22,7 +23,14 @@ from elkax.smoothers.linearization import Linearized, linearize
 from elkax.smoothers.nonlinear import filter_system, smooth_filtered
 from elkax.smoothers.prepare import check_backend, check_count, find_form, real_array
 from elkax.smoothers.stationarity import at_fixed_point, at_least_cost, minimises
-from elkax.smoothers.system import Data, NonlinearParams, System, for_emissions, prepare_system
+from elkax.smoothers.system import (
+    Data,
+    NonlinearParams,
+    System,
+    check_linearizer,
+    for_emissions,
+    prepare_system,
+)
 
 
 class Info(NamedTuple):
@@ -159,8 +167,9 @@ def iterated_smoother(
         tolerance: when the step (see `Record`) and the relative change of the cost are this small,
             the iteration has converged. By default the square root of the precision of the dtype.
         start: where to linearize first. None for a pass of the filter and smoother, "prior" for
-            the initial mean carried forward by f, a trajectory (T, D), one state (D,) for all
-            times, or a smoothed posterior.
+            the initial mean, with sigma points also the covariance, carried forward by the
+            dynamics, a trajectory (T, D), one state (D,) for all times, or a smoothed posterior.
+            Sigma points about a trajectory or a state begin as its Taylor expansion.
         residual: $(y, \hat y)$ to their difference, for emissions on a circle.
         backend: how to run over time; chosen by `elkax.scan.choose` if None.
         form: "covariance" or "square_root".
@@ -187,6 +196,7 @@ def iterated_smoother(
     stored = find_form(form, float)
     check_strategy(linearizer, damping, max_iters)
     system, data = prepare_system(params, emissions, inputs, residual=residual)
+    check_linearizer(linearizer, data)
     stored = for_emissions(stored, system, data)
     means, covs = _find_start(start, system, data, linearizer, stored, backend)
     dtype = means.dtype
@@ -226,16 +236,32 @@ def _filter_start(
     return smoothed.mean, smoothed.cov
 
 
-@partial(jax.jit, static_argnames=("system",))
-def _prior_start(system: System, data: Data) -> Array:
-    def one(state: Array, inputs: Array | None) -> tuple[Array, Array]:
-        state = system.advance(state, inputs)
-        return state, state
+@partial(jax.jit, static_argnames=("system", "linearizer"))
+def _prior_start(
+    system: System, data: Data, *, linearizer: Linearizer
+) -> tuple[Array, Array | None]:
+    """Return the moments that a filter without data predicts, only means where these suffice."""
+    varying = data.noise.ndim == 3
 
-    length = data.values.shape[0] - 1
-    inputs = None if data.inputs is None else data.inputs[1:]
-    _, later = jax.lax.scan(one, data.initial_mean, inputs, length=length)
-    return jnp.concatenate((data.initial_mean[None], later))
+    def one(moments: tuple, x: tuple) -> tuple[tuple, tuple]:
+        (mean, cov), (inputs, noise) = moments, x
+
+        def step(state: Array) -> Array:
+            return system.advance(state, inputs)
+
+        if cov is None:
+            moments = step(mean), None
+        else:
+            weights, offset, rest = linearizer(step, mean, cov)
+            noise = (data.noise if noise is None else noise) + (0.0 if rest is None else rest)
+            cov = matmul(matmul(weights, cov), weights.T) + noise
+            moments = matvec(weights, mean) + offset, cov
+        return moments, moments
+
+    start = (data.initial_mean, data.initial_cov if linearizer.uses_covariance else None)
+    xs = (data.later_inputs(), data.noise[1:] if varying else None)
+    _, later = jax.lax.scan(one, start, xs, length=data.values.shape[0] - 1)
+    return jax.tree.map(lambda first, rest: jnp.concatenate((first[None], rest)), start, later)
 
 
 def _find_start(
@@ -258,7 +284,8 @@ def _find_start(
             raise ValueError(
                 f'start must be None, "prior", a trajectory, a state or a posterior, got {start!r}'
             )
-        means = _prior_start(system, data)
+        means, prior_covs = _prior_start(system, data, linearizer=linearizer)
+        covs = covs if prior_covs is None else prior_covs
     else:
         if isinstance(start, PosteriorGSSMSmoothed):
             covs = real_array("start.smoothed_covariances", start.smoothed_covariances)
@@ -269,5 +296,5 @@ def _find_start(
         means = jnp.broadcast_to(means, shape)
     finite = jnp.all(jnp.isfinite(means)) & jnp.all(jnp.isfinite(covs))
     means = jnp.where(finite, means, data.initial_mean)
-    covs = jnp.where(finite, covs, 0.0).astype(dtype)
+    covs = jnp.where(finite, covs, data.initial_cov).astype(dtype)
     return means, covs if linearizer.uses_covariance else None

@@ -108,7 +108,7 @@ def linearize(
         covs: (T, D, D), None unless the linearizer uses them.
     """
     earlier = None if covs is None else covs[:-1]
-    inputs = None if data.inputs is None else data.inputs[1:]
+    inputs = data.later_inputs()
 
     def one_step(mean: Array, cov: Array | None, inputs: Array | None) -> Affine:
         return linearizer(lambda state: system.advance(state, inputs), mean, cov)

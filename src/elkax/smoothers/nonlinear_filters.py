@@ -20,7 +20,14 @@ from elkax.scan import Backend
 from elkax.smoothers.linear import assemble_posterior
 from elkax.smoothers.nonlinear import decode, filter_system, smooth_filtered, smooth_moments
 from elkax.smoothers.prepare import check_backend, check_count, find_form
-from elkax.smoothers.system import Data, NonlinearParams, System, for_emissions, prepare_system
+from elkax.smoothers.system import (
+    Data,
+    NonlinearParams,
+    System,
+    check_linearizer,
+    for_emissions,
+    prepare_system,
+)
 
 FIELDS = ("filtered_means", "filtered_covariances", "predicted_means", "predicted_covariances")
 
@@ -117,6 +124,7 @@ def gaussian_filter(
     if unknown:
         raise ValueError(f"output_fields must be among {FIELDS}, got {sorted(unknown)}")
     system, data = prepare_system(params, emissions, inputs, residual=residual)
+    check_linearizer(linearizer, data)
     stored = for_emissions(stored, system, data)
     posterior = _filter(system, data, linearizer=linearizer, form=stored, num_iter=num_iter)
     if data.inputs is not None or data.noise.ndim == 3:
@@ -165,6 +173,7 @@ def gaussian_smoother(
     stored = find_form(form, float)
     check_count("num_iter", num_iter)
     system, data = prepare_system(params, emissions, inputs, residual=residual)
+    check_linearizer(linearizer, data)
     stored = for_emissions(stored, system, data)
     return _smoother(
         system, data, linearizer=linearizer, form=stored, backend=backend, num_iter=num_iter

@@ -14,7 +14,14 @@ from elkax.smoothers.linearization import linearize
 from elkax.smoothers.nonlinear import filter_system
 from elkax.smoothers.prepare import check_backend, check_count, find_form
 from elkax.smoothers.sampling import Key, draw_posterior
-from elkax.smoothers.system import Data, NonlinearParams, System, for_emissions, prepare_system
+from elkax.smoothers.system import (
+    Data,
+    NonlinearParams,
+    System,
+    check_linearizer,
+    for_emissions,
+    prepare_system,
+)
 
 
 @partial(jax.jit, static_argnames=("system", "linearizer", "form"))
@@ -64,6 +71,7 @@ def extended_kalman_posterior_sample(
         check_count("num_samples", num_samples)
     stored = find_form(form, float)
     system, data = prepare_system(params, emissions, inputs)
+    check_linearizer(linearizer, data)
     stored = for_emissions(stored, system, data)
     model = _along_filter(system, data, linearizer=linearizer, form=stored)
     return draw_posterior(key, model, num_samples=num_samples, form=stored, backend=backend)
@@ -112,6 +120,7 @@ def iterated_posterior_sample(
         check_count("num_samples", num_samples)
     stored = find_form(form, float)
     system, data = prepare_system(params, emissions, inputs, residual=residual)
+    check_linearizer(linearizer, data)
     stored = for_emissions(stored, system, data)
     covs = solution.posterior.smoothed_covariances if linearizer.uses_covariance else None
     model = _along_trajectory(system, data, solution.trajectory, covs, linearizer=linearizer)

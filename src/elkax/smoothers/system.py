@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from dynamax.generalized_gaussian_ssm.models import ParamsGGSSM
 from dynamax.nonlinear_gaussian_ssm.models import ParamsNLGSSM
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, PyTree
 
 from elkax.gaussian import Form
 from elkax.linearize import (
@@ -17,7 +17,9 @@ from elkax.linearize import (
     DensityEmission,
     Emission,
     GaussianEmission,
+    Linearizer,
     MomentEmission,
+    SigmaPoints,
     call,
 )
 from elkax.linearize.curvature import ClippedHessian
@@ -84,6 +86,10 @@ class Data(NamedTuple):
     observed: Array
     inputs: Array | None
 
+    def later_inputs(self) -> PyTree | None:
+        """Return the inputs of the steps into the states at t = 1, ..., T - 1."""
+        return jax.tree.map(lambda leaf: leaf[1:], self.inputs)
+
     def _constant_noise(self) -> bool:
         size = self.values.shape[1]
         noise = self.emission_noise
@@ -101,6 +107,12 @@ class Data(NamedTuple):
         if noise is not None and self._constant_noise():
             noise = jnp.broadcast_to(noise, (self.values.shape[0], *noise.shape))
         return Datum(self.values, self.observed, noise, self.inputs)
+
+
+def check_linearizer(linearizer: Linearizer, data: Data) -> None:
+    """Warn where sigma points are too close for the type of the numbers."""
+    if isinstance(linearizer, SigmaPoints):
+        linearizer.check(*data.initial_mean.shape, data.initial_mean.dtype)
 
 
 def for_emissions(form: Form, system: System, data: Data) -> Form:
