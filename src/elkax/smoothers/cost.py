@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from elkax.linearize import Datum, Linearizer, hessian
 from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes, transpose
@@ -84,7 +84,7 @@ def dynamics_errors(
     earlier = None if covs is None else covs[:-1]
     inputs = data.later_inputs()
 
-    def predict(mean: Array, cov: Array | None, inputs: Array | None) -> Array:
+    def predict(mean: Array, cov: Array | None, inputs: PyTree | None) -> Array:
         return linearizer.expect(lambda state: system.advance(state, inputs), mean, cov)
 
     predicted = jax.vmap(predict)(means[:-1], earlier, inputs)
@@ -162,7 +162,7 @@ def second_order(
     duals = linearized.dynamics.solve(errors).T
     inputs = data.later_inputs()
 
-    def of_step(mean: Array, dual: Array, inputs: Array | None) -> Array:
+    def of_step(mean: Array, dual: Array, inputs: PyTree | None) -> Array:
         return -hessian(lambda z: jnp.vdot(dual, system.advance(z, inputs)))(mean)
 
     steps = jax.vmap(of_step)(means[:-1], duals[1:], inputs)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from dynamax.linear_gaussian_ssm import PosteriorGSSMSmoothed
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, PyTree
 
 from elkax.gaussian import Form
 from elkax.gaussian.output import log_density
@@ -135,7 +135,7 @@ def posterior_of(
 def iterated_smoother(
     params: NonlinearParams,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     *,
     linearizer: Linearizer = Taylor(),
     damping: Damping = LevenbergMarquardt(),
@@ -159,8 +159,9 @@ def iterated_smoother(
     Args:
         params: dynamax's `ParamsNLGSSM` or `ParamsGGSSM`, or `ParamsDistributionSSM`. Functions of
             (z), or of (z, u) if there are inputs; covariances may vary in time, R may be (N,).
-        emissions: $y$ (T, N), NaN where missing.
-        inputs: $u$ (T, U); `inputs[t]` enters the step into $z_t$ and the emission at t.
+        emissions: $y$ (T, N), NaN where missing; integers and bools are taken as numbers.
+        inputs: $u$ (T, U), or a pytree of arrays with leading axis T; entry t enters the step into
+            $z_t$ and the emission at t.
         linearizer: `Taylor()` or `SigmaPoints(rule)`.
         damping: `LevenbergMarquardt()`, `TrustRegion()`, `LineSearch()`, or none: `GaussNewton()`.
         max_iters: most iterations, 0 or more.

@@ -11,7 +11,7 @@ from dynamax.generalized_gaussian_ssm.models import ParamsGGSSM
 from dynamax.linear_gaussian_ssm import PosteriorGSSMFiltered, PosteriorGSSMSmoothed
 from dynamax.nonlinear_gaussian_ssm.inference_ukf import UKFHyperParams
 from dynamax.nonlinear_gaussian_ssm.models import ParamsNLGSSM
-from jaxtyping import ArrayLike
+from jaxtyping import ArrayLike, PyTree
 
 from elkax.gaussian import Form
 from elkax.linearize import Cubature, GaussHermite, Linearizer, SigmaPoints, Taylor, Unscented
@@ -81,7 +81,7 @@ def _smoother_of_filtered(
 def gaussian_filter(
     params: NonlinearParams,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     *,
     linearizer: Linearizer = Taylor(),
     num_iter: int = 1,
@@ -96,8 +96,9 @@ def gaussian_filter(
     Args:
         params: dynamax's `ParamsNLGSSM` or `ParamsGGSSM`, or `ParamsDistributionSSM`. Functions of
             (z), or of (z, u) if there are inputs; covariances may vary in time, R may be (N,).
-        emissions: $y$ (T, N), NaN where missing.
-        inputs: $u$ (T, U); `inputs[t]` enters the step into $z_t$ and the emission at t.
+        emissions: $y$ (T, N), NaN where missing; integers and bools are taken as numbers.
+        inputs: $u$ (T, U), or a pytree of arrays with leading axis T; entry t enters the step into
+            $z_t$ and the emission at t.
         linearizer: `Taylor()` or `SigmaPoints(rule)`.
         num_iter: linearizations of each emission. Later ones are about the moments that came of
             it, and every update starts from the prediction: a linear model is not changed by it.
@@ -138,7 +139,7 @@ def gaussian_filter(
 def gaussian_smoother(
     params: NonlinearParams,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     *,
     linearizer: Linearizer = Taylor(),
     num_iter: int = 1,
@@ -183,15 +184,22 @@ def gaussian_smoother(
 def extended_kalman_filter(
     params: ParamsNLGSSM,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     num_iter: int = 1,
     output_fields: Sequence[str] | None = FIELDS,
     *,
+    residual: Residual | None = None,
     form: str = "covariance",
 ) -> PosteriorGSSMFiltered:
     """Run the extended Kalman filter; arguments as `gaussian_filter`, in dynamax's order."""
     return gaussian_filter(
-        params, emissions, inputs, num_iter=num_iter, output_fields=output_fields, form=form
+        params,
+        emissions,
+        inputs,
+        num_iter=num_iter,
+        output_fields=output_fields,
+        residual=residual,
+        form=form,
     )
 
 
@@ -199,8 +207,9 @@ def extended_kalman_smoother(
     params: ParamsNLGSSM,
     emissions: ArrayLike,
     filtered_posterior: PosteriorGSSMFiltered | None = None,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     *,
+    residual: Residual | None = None,
     backend: Backend | None = None,
     form: str = "covariance",
 ) -> PosteriorGSSMSmoothed:
@@ -209,15 +218,19 @@ def extended_kalman_smoother(
     `filtered_posterior` spares the filter; the steps are then linearized about its filtered means.
     """
     if filtered_posterior is None:
-        return gaussian_smoother(params, emissions, inputs, backend=backend, form=form)
+        return gaussian_smoother(
+            params, emissions, inputs, residual=residual, backend=backend, form=form
+        )
     check_backend(backend)
     find_form(form, float)
-    system, data = prepare_system(params, emissions, inputs)
+    system, data = prepare_system(params, emissions, inputs, residual=residual)
     return _smoother_of_filtered(system, data, filtered_posterior, backend=backend)
 
 
 def _unscented(hyperparams: Any) -> SigmaPoints:
     """Take over dynamax's hyperparameters, which must be known before running."""
+    if hyperparams is None:
+        return SigmaPoints(Unscented())
     alpha, beta, kappa = (
         float(value) for value in (hyperparams.alpha, hyperparams.beta, hyperparams.kappa)
     )
@@ -227,15 +240,16 @@ def _unscented(hyperparams: Any) -> SigmaPoints:
 def unscented_kalman_filter(
     params: ParamsNLGSSM,
     emissions: ArrayLike,
-    hyperparams: UKFHyperParams,
-    inputs: ArrayLike | None = None,
+    hyperparams: UKFHyperParams | None = None,
+    inputs: PyTree | None = None,
     output_fields: Sequence[str] | None = FIELDS,
     *,
+    residual: Residual | None = None,
     form: str = "covariance",
 ) -> PosteriorGSSMFiltered:
     """Run the unscented Kalman filter; arguments as `gaussian_filter`, in dynamax's order.
 
-    `hyperparams` are dynamax's alpha, beta and kappa, see `Unscented`.
+    `hyperparams` are dynamax's alpha, beta and kappa, its default ones if None; see `Unscented`.
     """
     return gaussian_filter(
         params,
@@ -243,6 +257,7 @@ def unscented_kalman_filter(
         inputs,
         linearizer=_unscented(hyperparams),
         output_fields=output_fields,
+        residual=residual,
         form=form,
     )
 
@@ -250,27 +265,34 @@ def unscented_kalman_filter(
 def unscented_kalman_smoother(
     params: ParamsNLGSSM,
     emissions: ArrayLike,
-    hyperparams: UKFHyperParams,
-    inputs: ArrayLike | None = None,
+    hyperparams: UKFHyperParams | None = None,
+    inputs: PyTree | None = None,
     *,
+    residual: Residual | None = None,
     backend: Backend | None = None,
     form: str = "covariance",
 ) -> PosteriorGSSMSmoothed:
     """Run the unscented Kalman smoother; arguments as `unscented_kalman_filter`."""
     return gaussian_smoother(
-        params, emissions, inputs, linearizer=_unscented(hyperparams), backend=backend, form=form
+        params,
+        emissions,
+        inputs,
+        linearizer=_unscented(hyperparams),
+        residual=residual,
+        backend=backend,
+        form=form,
     )
 
 
 def cubature_kalman_filter(
-    params: ParamsNLGSSM, emissions: ArrayLike, inputs: ArrayLike | None = None, **options: Any
+    params: ParamsNLGSSM, emissions: ArrayLike, inputs: PyTree | None = None, **options: Any
 ) -> PosteriorGSSMFiltered:
     """Run the cubature Kalman filter; arguments and options as `gaussian_filter`."""
     return gaussian_filter(params, emissions, inputs, linearizer=SigmaPoints(Cubature()), **options)
 
 
 def cubature_kalman_smoother(
-    params: ParamsNLGSSM, emissions: ArrayLike, inputs: ArrayLike | None = None, **options: Any
+    params: ParamsNLGSSM, emissions: ArrayLike, inputs: PyTree | None = None, **options: Any
 ) -> PosteriorGSSMSmoothed:
     """Run the cubature Kalman smoother; arguments and options as `gaussian_smoother`."""
     return gaussian_smoother(
@@ -281,7 +303,7 @@ def cubature_kalman_smoother(
 def gauss_hermite_kalman_filter(
     params: ParamsNLGSSM,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     *,
     order: int = 3,
     **options: Any,
@@ -297,7 +319,7 @@ def gauss_hermite_kalman_filter(
 def gauss_hermite_kalman_smoother(
     params: ParamsNLGSSM,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     *,
     order: int = 3,
     **options: Any,
@@ -327,9 +349,10 @@ def conditional_moments_gaussian_filter(
     model_params: ParamsGGSSM,
     inf_params: Any,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     num_iter: int = 1,
     *,
+    residual: Residual | None = None,
     form: str = "covariance",
 ) -> PosteriorGSSMFiltered:
     """Filter a model whose emissions have a mean and a covariance function of the state.
@@ -341,6 +364,7 @@ def conditional_moments_gaussian_filter(
         emissions: as `gaussian_filter`.
         inputs: as `gaussian_filter`.
         num_iter: as `gaussian_filter`.
+        residual: as `gaussian_filter`.
         form: as `gaussian_filter`.
 
     Returns:
@@ -356,6 +380,7 @@ def conditional_moments_gaussian_filter(
         inputs,
         linearizer=_integrals(inf_params),
         num_iter=num_iter,
+        residual=residual,
         form=form,
     )
 
@@ -364,8 +389,9 @@ def conditional_moments_gaussian_smoother(
     model_params: ParamsGGSSM,
     inf_params: Any,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     *,
+    residual: Residual | None = None,
     backend: Backend | None = None,
     form: str = "covariance",
 ) -> PosteriorGSSMSmoothed:
@@ -378,6 +404,7 @@ def conditional_moments_gaussian_smoother(
         emissions,
         inputs,
         linearizer=_integrals(inf_params),
+        residual=residual,
         backend=backend,
         form=form,
     )

@@ -3,7 +3,7 @@
 from functools import partial
 
 import jax
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, PyTree
 
 from elkax.gaussian import Form, Model
 from elkax.linearize import Linearizer, Taylor
@@ -40,10 +40,11 @@ def extended_kalman_posterior_sample(
     key: Key,
     params: NonlinearParams,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     *,
     linearizer: Linearizer = Taylor(),
     num_samples: int | None = None,
+    residual: Residual | None = None,
     backend: Backend | None = None,
     form: str = "covariance",
 ) -> Array:
@@ -56,6 +57,7 @@ def extended_kalman_posterior_sample(
         inputs: as `gaussian_filter`.
         linearizer: as `gaussian_filter`.
         num_samples: how many draws; None for one without a leading axis.
+        residual: as `gaussian_filter`.
         backend: as `gaussian_smoother`.
         form: as `gaussian_smoother`.
 
@@ -70,7 +72,7 @@ def extended_kalman_posterior_sample(
     if num_samples is not None:
         check_count("num_samples", num_samples)
     stored = find_form(form, float)
-    system, data = prepare_system(params, emissions, inputs)
+    system, data = prepare_system(params, emissions, inputs, residual=residual)
     check_linearizer(linearizer, data)
     stored = for_emissions(stored, system, data)
     model = _along_filter(system, data, linearizer=linearizer, form=stored)
@@ -81,7 +83,7 @@ def iterated_posterior_sample(
     key: Key,
     params: NonlinearParams,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     *,
     solution: Solution,
     linearizer: Linearizer = Taylor(),

@@ -315,7 +315,7 @@ def minimises(system: System) -> bool:
 def laplace_log_prob(
     params: NonlinearParams,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     *,
     trajectory: ArrayLike,
     residual: Residual | None = None,
@@ -329,8 +329,8 @@ def laplace_log_prob(
 
     Args:
         params: dynamax's `ParamsNLGSSM`, or `ParamsDistributionSSM`.
-        emissions: $y$ (T, N), NaN where missing.
-        inputs: $u$ (T, U).
+        emissions: $y$ (T, N), NaN where missing; integers and bools are taken as numbers.
+        inputs: $u$ (T, U), or a pytree of arrays with leading axis T.
         trajectory: $z^*$ (T, D), from `iterated_smoother` with `Taylor()`, converged.
         residual: as in `iterated_smoother`.
 
