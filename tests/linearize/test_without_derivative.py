@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.ode import odeint
 
-from elkax.linearize import Cubature, GaussHermite, SigmaPoints, Unscented
+from elkax.linearize import Cubature, GaussHermite, SigmaPoints, Taylor, Unscented
 
 MEAN = jnp.array([0.3, -0.4])
 COV = jnp.array([[0.5, 0.2], [0.2, 0.3]])
@@ -88,6 +88,12 @@ def test_no_forward_rule_and_no_variance():
         ours.weights @ MEAN + ours.offset, expected.weights @ MEAN + expected.offset, atol=1e-14
     )
     np.testing.assert_allclose(ours.cov, expected.cov, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_taylor_says_what_needs_none(name):
+    with pytest.raises(TypeError, match=r"forward derivative.*SigmaPoints\(\)"):
+        jax.eval_shape(lambda z: Taylor()(WITHOUT[name][0], z, None), MEAN)
 
 
 def test_errors_of_the_function_itself_stay():
@@ -184,10 +190,13 @@ def test_step_in_use(dim):
     np.testing.assert_allclose(
         (moved.weights[:, None] * moved.points).T @ moved.points, np.eye(dim), atol=1e-12
     )
+    few = linearizer.points(dim, jnp.float16)
+    np.testing.assert_allclose(few.points, Cubature()(dim).points)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         linearizer.check(dim, jnp.float64)
         SigmaPoints(Unscented(0.5, 2.0, 0.0)).check(dim, jnp.float32)
         SigmaPoints(GaussHermite(9)).check(1, jnp.float32)
+        SigmaPoints().check(dim, jnp.float16)
     with pytest.warns(UserWarning, match=r"alpha=0.001.*float32.*0\.\d+ standard deviations"):
         linearizer.check(dim, jnp.float32)

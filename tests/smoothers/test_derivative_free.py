@@ -82,6 +82,29 @@ def test_one_pass_is_dynamax(name, rule):
         np.testing.assert_allclose(getattr(got, field), getattr(expected, field), atol=1e-6)
 
 
+@jax.custom_vjp
+def scaled(theta, z):
+    return theta * WITHOUT["custom_vjp"][1](z)
+
+
+scaled.defvjp(
+    lambda theta, z: (scaled(theta, z), (theta, z)),
+    lambda kept, g: jax.vjp(lambda t, z: t * WITHOUT["custom_vjp"][1](z), *kept)[1](g),
+)
+
+
+def test_gradient_in_reverse_mode():
+    """What has a rule for reverse mode alone is differentiated by it."""
+
+    def value(theta, dynamics):
+        params = model(lambda z: dynamics(theta, z))
+        return elkax.cubature_kalman_filter(params, emissions()).marginal_loglik
+
+    ours = jax.grad(value)(0.9, scaled)
+    expected = jax.grad(value)(0.9, lambda t, z: t * WITHOUT["custom_vjp"][1](z))
+    np.testing.assert_allclose(ours, expected, rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     "name, start", [("custom_vjp", "prior"), ("pure_callback", None), ("odeint", None)]
 )

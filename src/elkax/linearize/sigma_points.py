@@ -13,6 +13,7 @@ from jaxtyping import Array
 from elkax.gaussian.factor import psd_cholesky, solve_lower
 from elkax.linearize.affine import Affine, Function
 from elkax.linearize.rules import Cubature, Points, Rule
+from elkax.linearize.taylor import NO_DERIVATIVE
 from elkax.scan.lanes import matmul, matvec, outer
 
 # What rounding may do to an average, relative to the size of the function.
@@ -57,7 +58,9 @@ class SigmaPoints:
     def points(self, dim: int, dtype: DTypeLike) -> Points:
         """Return the rule in `dim` dimensions, with steps that the type of numbers carries."""
         points, weights, spread = self.rule(dim)
-        square = max(1.0, float(np.sum(weights) * jnp.finfo(dtype).eps / _ROUNDING))
+        total = float(np.sum(weights))
+        # Never beyond the points of cubature, whose weights add up to one.
+        square = max(1.0, min(total, total * float(jnp.finfo(dtype).eps) / _ROUNDING))
         return Points(points * np.sqrt(square), weights / square, spread)
 
     def check(self, dim: int, dtype: DTypeLike) -> None:
@@ -138,13 +141,9 @@ def _centre(function: Function, mean: Array, rule: Points) -> Array:
 
 
 def _jacobian(function: Function, mean: Array) -> Array | None:
-    """Return the Jacobian of a function that has been evaluated; None if it has no forward rule.
-
-    JAX raises one of these errors for that. One that the derivative of the user's own rule raises
-    is taken for the same: there is no derivative.
-    """
+    """Return the Jacobian of a function that has been evaluated; None if it has no forward rule."""
     try:
         # Traced by itself, so that nothing of a failed attempt stays in the program.
         return jax.jit(jax.jacfwd(function), inline=True)(mean)
-    except (TypeError, ValueError, NotImplementedError):
+    except NO_DERIVATIVE:
         return None

@@ -138,7 +138,7 @@ class Data(NamedTuple):
 def check_linearizer(linearizer: Linearizer, data: Data) -> None:
     """Warn where sigma points are too close for the type of the numbers."""
     if isinstance(linearizer, SigmaPoints):
-        linearizer.check(*data.initial_mean.shape, data.initial_mean.dtype)
+        linearizer.check(len(data.initial_mean), data.initial_mean.dtype)
 
 
 def for_emissions(form: Form, system: System, data: Data) -> Form:
@@ -232,14 +232,16 @@ def _emission(params: NonlinearParams, residual: Residual | None) -> Emission:
 
 def _check_inputs(inputs: PyTree | None, length: int) -> PyTree | None:
     """Return inputs as arrays with leading axis T: one, or a pytree of them."""
+    if inputs is None:
+        return None
     if isinstance(inputs, list) or jax.tree_util.all_leaves([inputs]):
-        inputs = real_array("inputs", inputs)
-        if inputs.ndim != 2 or inputs.shape[0] != length:
+        array = real_array("inputs", inputs)
+        if array.ndim != 2 or len(array) != length:
             raise ValueError(
                 f"inputs must be (T, U) with T = {length} as the emissions, or a pytree of arrays "
-                f"with leading axis T, got shape {inputs.shape}"
+                f"with leading axis T, got shape {array.shape}"
             )
-        return inputs
+        return array
 
     def check(path: tuple, leaf: Any) -> Array:
         name = f"inputs{jax.tree_util.keystr(path)}"
