@@ -173,15 +173,16 @@ def test_expectation_is_that_of_the_affine_map(name):
 
 
 def test_kink_at_the_mean():
-    """The square root has no slope at zero; a regression has one, and no NaN."""
+    """The square root has no slope at zero; a regression has one, or none where nothing varies."""
 
     def root(z):
         return jnp.sqrt(jnp.abs(z))
 
-    linearizer = SigmaPoints()
-    out = jax.jit(partial(linearizer, root))(jnp.zeros(1), jnp.ones((1, 1)))
-    np.testing.assert_allclose(out.weights, np.zeros((1, 1)), atol=1e-15)
-    exact = jax.jit(partial(linearizer, root))(jnp.zeros(1), jnp.zeros((1, 1)))
+    for cov in (jnp.ones((1, 1)), jnp.zeros((1, 1))):
+        out = jax.jit(partial(SigmaPoints(), root))(jnp.zeros(1), cov)
+        np.testing.assert_allclose(out.weights, np.zeros((1, 1)), atol=1e-15)
+        np.testing.assert_allclose(out.offset, np.asarray(cov[0]), atol=1e-15)
+    exact = jax.jit(partial(Taylor(), root))(jnp.zeros(1), jnp.zeros((1, 1)))
     assert not np.all(np.isfinite(exact.weights))
 
 

@@ -18,7 +18,7 @@ from elkax.linearize.no_jacobian import Identity, Zero
 from elkax.linearize.rules import Cubature, GaussHermite, Rule, Unscented
 from elkax.linearize.sigma_points import SigmaPoints
 from elkax.linearize.structure import Dampable, Structure
-from elkax.linearize.taylor import Taylor
+from elkax.linearize.taylor import Taylor, hessian
 
 __all__ = [
     "Affine",
@@ -46,4 +46,5 @@ __all__ = [
     "Unscented",
     "Zero",
     "call",
+    "hessian",
 ]

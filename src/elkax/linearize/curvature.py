@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from elkax.linearize.affine import Linearizer
+from elkax.linearize.taylor import hessian
 
 
 @runtime_checkable
@@ -48,7 +49,7 @@ class ClippedHessian:
     ) -> Array:
         """Average the negative Hessian; see `Curvature`."""
         del distribution, observed
-        return -linearizer.expect(jax.hessian(log_density), mean, cov)
+        return -linearizer.expect(hessian(log_density), mean, cov)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from elkax.linearize.affine import Affine, Linearizer
 from elkax.linearize.curvature import ClippedHessian, Curvature
@@ -40,13 +40,13 @@ class Datum(NamedTuple):
         value: (N,), a harmless number where missing.
         observed: (N,), False where missing.
         noise: emission covariance (N, N) or (N,); None if the emission states its own.
-        inputs: (U,), None if there are none.
+        inputs: (U,) or a pytree, None if there are none.
     """
 
     value: Array
     observed: Array
     noise: Array | None
-    inputs: Array | None
+    inputs: PyTree | None
 
 
 @runtime_checkable
@@ -78,7 +78,7 @@ class Emission(Protocol):
         ...
 
 
-def call(function: Callable, state: Array, inputs: Array | None) -> Any:
+def call(function: Callable, state: Array, inputs: PyTree | None) -> Any:
     """Evaluate f(z), or f(z, u) if there are inputs, as dynamax does."""
     return function(state) if inputs is None else function(state, inputs)
 
@@ -205,7 +205,7 @@ class DensityEmission:
         def log_density(state: Array) -> Array:
             return self.log_density(datum, state)
 
-        gradient = linearizer.expect(jax.grad(log_density), mean, cov)
+        gradient = linearizer.expect(jax.jacfwd(log_density), mean, cov)
         matrix = self.curvature(
             linearizer,
             log_density,

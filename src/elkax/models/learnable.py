@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from dynamax.parameters import ParameterProperties
 from jax.tree_util import Partial
 
+from elkax.smoothers.system import is_plain
+
 
 def as_learnable(params: Any, props: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
     """Turn parameters and properties into pytrees of the same structure, without other leaves.
@@ -28,11 +30,7 @@ def as_learnable(params: Any, props: Any) -> tuple[Any, Any, Callable[[Any], Any
     """
     if type(props) is not type(params):
         raise TypeError(f"props must be {type(params).__name__}, got {type(props).__name__}")
-    plain = {
-        name: value
-        for name, value in params._asdict().items()
-        if callable(value) and jax.tree.structure(value) == jax.tree.structure(0)
-    }
+    plain = {name: value for name, value in params._asdict().items() if is_plain(value)}
     wrapped = {name: Partial(value) for name, value in plain.items()}
     arrays = {
         name: jax.tree.map(lambda leaf, name=name: _floating(name, leaf), value)
@@ -61,15 +59,19 @@ def _floating(name: str, leaf: Any) -> jax.Array:
 
 def _match(name: str, value: Any, prop: Any) -> Any:
     """Return properties in the structure of a value."""
-    if isinstance(prop, ParameterProperties):
-        return jax.tree.map(lambda _: prop, value)
-    leaves, structure = jax.tree.flatten(
-        prop, is_leaf=lambda node: isinstance(node, ParameterProperties)
+
+    def is_property(node: Any) -> bool:
+        return isinstance(node, ParameterProperties)
+
+    def spread(one: ParameterProperties, part: Any) -> Any:
+        return jax.tree.map(lambda _: one, part)
+
+    if all(map(is_property, jax.tree.leaves(prop, is_leaf=is_property))):
+        try:
+            return jax.tree.map(spread, prop, value, is_leaf=is_property)
+        except ValueError:
+            pass  # another structure, named below
+    raise ValueError(
+        f"props.{name} must be ParameterProperties, or have one in the place of each array of "
+        f"params.{name}, or of a pytree of them, {jax.tree.structure(value)}, got {prop!r}"
     )
-    expected = jax.tree.structure(value)
-    if structure != expected or not all(isinstance(leaf, ParameterProperties) for leaf in leaves):
-        raise ValueError(
-            f"props.{name} must be ParameterProperties, or have one in the place of each array of "
-            f"params.{name}, {expected}, got {prop!r}"
-        )
-    return prop

@@ -9,7 +9,7 @@ from elkax.smoothers.initial import ExactDiffuse, Stationary
 from elkax.smoothers.iterated import Solution, iterated_smoother
 from elkax.smoothers.iteration import Status
 from elkax.smoothers.linear import lgssm_filter, lgssm_marginal_log_prob, lgssm_smoother
-from elkax.smoothers.nonlinear_filters import (
+from elkax.smoothers.named_filters import (
     conditional_moments_gaussian_filter,
     conditional_moments_gaussian_smoother,
     cubature_kalman_filter,
@@ -18,11 +18,10 @@ from elkax.smoothers.nonlinear_filters import (
     extended_kalman_smoother,
     gauss_hermite_kalman_filter,
     gauss_hermite_kalman_smoother,
-    gaussian_filter,
-    gaussian_smoother,
     unscented_kalman_filter,
     unscented_kalman_smoother,
 )
+from elkax.smoothers.nonlinear_filters import gaussian_filter, gaussian_smoother
 from elkax.smoothers.nonlinear_sampling import (
     extended_kalman_posterior_sample,
     iterated_posterior_sample,

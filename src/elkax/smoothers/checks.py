@@ -25,10 +25,11 @@ def is_concrete(*values: Any) -> bool:
     return not any(isinstance(value, jax.core.Tracer) for value in values)
 
 
-def real_array(name: str, value: Any) -> Array:
+def real_array(name: str, value: Any, *, booleans: bool = False) -> Array:
     """Return `value` as an array of real numbers, or raise TypeError that names it.
 
-    Pandas objects and whatever else NumPy takes for an array are taken as NumPy does.
+    Pandas objects and whatever else NumPy takes for an array are taken as NumPy does. `booleans`
+    says whether there may be bools in their place.
     """
     try:
         if not isinstance(value, jax.Array) and hasattr(value, "__array__"):
@@ -39,6 +40,8 @@ def real_array(name: str, value: Any) -> Array:
         array = jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name} must be an array of real numbers, got {type(value)}") from error
+    if booleans and array.dtype == bool:
+        return array
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise TypeError(f"{name} must hold real numbers, got dtype {array.dtype}")
     return array

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
-from elkax.linearize import Datum, Linearizer
+from elkax.linearize import Datum, Linearizer, hessian
 from elkax.scan.lanes import from_lanes, matmul, matvec, to_lanes, transpose
 from elkax.smoothers.linearization import Linearized, Noise
 from elkax.smoothers.system import Data, System
@@ -90,9 +90,9 @@ def dynamics_errors(
 ) -> Array:
     """Return $z_1 - m_0$ and $z_t - f(z_{t-1})$, (T, D)."""
     earlier = None if covs is None else covs[:-1]
-    inputs = None if data.inputs is None else data.inputs[1:]
+    inputs = data.later_inputs()
 
-    def predict(mean: Array, cov: Array | None, inputs: Array | None) -> Array:
+    def predict(mean: Array, cov: Array | None, inputs: PyTree | None) -> Array:
         return linearizer.expect(lambda state: system.advance(state, inputs), mean, cov)
 
     predicted = jax.vmap(predict)(means[:-1], earlier, inputs)
@@ -168,10 +168,10 @@ def second_order(
     emission = system.emission
     errors = to_lanes(dynamics_errors(system, data, linearizer, means, None))
     duals = linearized.dynamics.solve(errors).T
-    inputs = None if data.inputs is None else data.inputs[1:]
+    inputs = data.later_inputs()
 
-    def of_step(mean: Array, dual: Array, inputs: Array | None) -> Array:
-        return -jax.hessian(lambda z: jnp.vdot(dual, system.advance(z, inputs)))(mean)
+    def of_step(mean: Array, dual: Array, inputs: PyTree | None) -> Array:
+        return -hessian(lambda z: jnp.vdot(dual, system.advance(z, inputs)))(mean)
 
     steps = jax.vmap(of_step)(means[:-1], duals[1:], inputs)
     residual, _ = data.map_data(
@@ -185,7 +185,7 @@ def second_order(
             residual, extra = emission.misfit(linearizer, datum, state, None)
             return jnp.vdot(dual, residual) + extra
 
-        return jax.hessian(part)(mean)
+        return hessian(part)(mean)
 
     total = data.map_data(of_emission, means, duals).at[:-1].add(steps)
     if emission.quadratic:

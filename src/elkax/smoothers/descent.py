@@ -148,8 +148,11 @@ def advance(solver: Solver, point: Point) -> tuple[Point, Progress]:
     else:
         quiet = jnp.where(longer, point.quiet + 1, 0)
         hidden, stuck = quiet >= SETTLED, False
+    fraction = jnp.asarray(damping.fractions, means.dtype)[taken]
     new = Point(
-        jnp.where(accepted, means + jnp.asarray(damping.fractions, means.dtype)[taken] * step, means),
+        jnp.where(
+            accepted, means + jnp.asarray(damping.fractions, means.dtype)[taken] * step, means
+        ),
         None if covs is None else jnp.where(accepted, smoothed.cov, covs),
         verdict.control,
         trial.penalty,

@@ -14,9 +14,9 @@ ADVICE = {
     Status.MAX_ITERS: "the steps are still long; raise max_iters, or give another start",
     Status.NONFINITE: "f, h or the log-density is not finite where it starts or at any step from "
     "there; give another start, or functions that are finite there",
-    Status.STALLED: "no step lowers the cost by more than rounding, though steps are not short: a "
-    "kink of f or h, or too few digits (float64 has more); trajectory and posterior are those of "
-    "the lowest cost reached",
+    Status.STALLED: "steps are not short, yet none lowers the cost by more than rounding, or, with "
+    "sigma points, gets any shorter: a kink of f or h, or too few digits (float64 has more); "
+    "trajectory and posterior are those of the lowest cost reached",
     Status.SADDLE: "the exact Hessian of the cost is not positive definite; give another start",
 }
 

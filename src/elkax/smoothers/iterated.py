@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from dynamax.linear_gaussian_ssm import PosteriorGSSMSmoothed
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, PyTree
 
 from elkax.gaussian import Form
 from elkax.gaussian.output import log_density
@@ -29,7 +29,14 @@ from elkax.smoothers.stationarity import (
     laplace_log_prob,
     minimises,
 )
-from elkax.smoothers.system import Data, NonlinearParams, System, for_emissions, prepare_system
+from elkax.smoothers.system import (
+    Data,
+    NonlinearParams,
+    System,
+    check_linearizer,
+    for_emissions,
+    prepare_system,
+)
 from elkax.smoothers.trust_region import TrustRegion
 
 # High enough for hard sequences; easy ones stop when they have arrived.
@@ -146,7 +153,7 @@ def posterior_of(
 def iterated_smoother(
     params: NonlinearParams,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     *,
     linearizer: Linearizer = Taylor(),
     damping: Damping = LevenbergMarquardt(),
@@ -172,17 +179,20 @@ def iterated_smoother(
     Args:
         params: dynamax's `ParamsNLGSSM` or `ParamsGGSSM`, or `ParamsDistributionSSM`. Functions of
             (z), or of (z, u) if there are inputs; covariances may vary in time, R may be (N,).
-        emissions: $y$ (T, N), NaN where missing.
-        inputs: $u$ (T, U); `inputs[t]` enters the step into $z_t$ and the emission at t.
+        emissions: $y$ (T, N), NaN where missing; integers and bools are taken as numbers.
+        inputs: $u$ (T, U), or a pytree of arrays with leading axis T; entry t enters the step into
+            $z_t$ and the emission at t.
         linearizer: `Taylor()` or `SigmaPoints(rule)`.
         damping: `LevenbergMarquardt()`, `TrustRegion()`, `LineSearch()`, or none: `GaussNewton()`.
         max_iters: most iterations, 0 or more.
         tolerance: when the step (see `Record`) and the relative change of the cost are this small,
             the iteration has converged. By default the square root of the precision of the dtype.
             It has converged as well if rounding hides all progress and steps are short.
-        start: where to linearize first. "prior" for the initial mean carried forward by f, a
-            trajectory (T, D), one state (D,) for all times, or a smoothed posterior; None for a
-            pass of the filter and smoother, or "prior" where that has the lower cost.
+        start: where to linearize first. "prior" for the initial mean, with sigma points also the
+            covariance, carried forward by the dynamics, a trajectory (T, D), one state (D,) for
+            all times, or a smoothed posterior; None for a pass of the filter and smoother, or
+            "prior" where that has diverged. Sigma points about a trajectory or a state begin as
+            its Taylor expansion.
         starts: several of those in place of `start`. All are tried side by side, and the one that
             ends lowest is returned, those that converged before the others.
         residual: $(y, \hat y)$ to their difference, for emissions on a circle.
@@ -211,6 +221,7 @@ def iterated_smoother(
     stored = find_form(form, float)
     check_strategy(linearizer, damping, max_iters)
     system, data = prepare_system(params, emissions, inputs, residual=residual)
+    check_linearizer(linearizer, data)
     stored = for_emissions(stored, system, data)
     find = partial(
         find_start, system=system, data=data, linearizer=linearizer, form=stored, backend=backend

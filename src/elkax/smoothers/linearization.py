@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from elkax.gaussian import Model
 from elkax.gaussian.factor import unit_ldl
@@ -108,9 +108,9 @@ def linearize(
         covs: (T, D, D), None unless the linearizer uses them.
     """
     earlier = None if covs is None else covs[:-1]
-    inputs = None if data.inputs is None else data.inputs[1:]
+    inputs = data.later_inputs()
 
-    def one_step(mean: Array, cov: Array | None, inputs: Array | None) -> Affine:
+    def one_step(mean: Array, cov: Array | None, inputs: PyTree | None) -> Affine:
         return linearizer(lambda state: system.advance(state, inputs), mean, cov)
 
     steps = jax.vmap(one_step)(means[:-1], earlier, inputs)

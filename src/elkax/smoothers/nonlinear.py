@@ -96,7 +96,7 @@ def filter_system(
 
     xs = (
         data.each(),
-        None if data.inputs is None else data.inputs[following],
+        jax.tree.map(lambda leaf: leaf[following], data.inputs),
         data.noise[following] if varying else None,
     )
     zero, cov = jnp.zeros_like(data.initial_mean), jnp.zeros_like(data.initial_cov)

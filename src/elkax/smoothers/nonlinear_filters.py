@@ -1,26 +1,28 @@
-"""Extended, sigma-point and conditional-moments filters and smoothers, under dynamax's names."""
+"""Filters and smoothers of nonlinear models, linearized once, where the filter is."""
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from dynamax.generalized_gaussian_ssm.inference import EKFIntegrals, GHKFIntegrals, UKFIntegrals
-from dynamax.generalized_gaussian_ssm.models import ParamsGGSSM
 from dynamax.linear_gaussian_ssm import PosteriorGSSMFiltered, PosteriorGSSMSmoothed
-from dynamax.nonlinear_gaussian_ssm.inference_ukf import UKFHyperParams
-from dynamax.nonlinear_gaussian_ssm.models import ParamsNLGSSM
-from jaxtyping import ArrayLike
+from jaxtyping import ArrayLike, PyTree
 
 from elkax.gaussian import Form
-from elkax.linearize import Cubature, GaussHermite, Linearizer, SigmaPoints, Taylor, Unscented
+from elkax.linearize import Linearizer, Taylor
 from elkax.linearize.emissions import Residual
 from elkax.scan import Backend
 from elkax.smoothers.linear import assemble_posterior
-from elkax.smoothers.nonlinear import decode, filter_system, smooth_filtered, smooth_moments
+from elkax.smoothers.nonlinear import decode, filter_system, smooth_filtered
 from elkax.smoothers.prepare import check_backend, check_count, find_form
-from elkax.smoothers.system import Data, NonlinearParams, System, for_emissions, prepare_system
+from elkax.smoothers.system import (
+    Data,
+    NonlinearParams,
+    System,
+    check_linearizer,
+    for_emissions,
+    prepare_system,
+)
 
 FIELDS = ("filtered_means", "filtered_covariances", "predicted_means", "predicted_covariances")
 
@@ -58,23 +60,10 @@ def _smoother(
     )
 
 
-@partial(jax.jit, static_argnames=("system", "backend"))
-def _smoother_of_filtered(
-    system: System,
-    data: Data,
-    posterior: PosteriorGSSMFiltered,
-    *,
-    backend: Backend | None,
-) -> PosteriorGSSMSmoothed:
-    moments = posterior.filtered_means, posterior.filtered_covariances
-    smoothed = smooth_moments(system, data, *moments, backend)
-    return assemble_posterior(posterior.marginal_loglik, *moments, smoothed)
-
-
 def gaussian_filter(
     params: NonlinearParams,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     *,
     linearizer: Linearizer = Taylor(),
     num_iter: int = 1,
@@ -89,8 +78,9 @@ def gaussian_filter(
     Args:
         params: dynamax's `ParamsNLGSSM` or `ParamsGGSSM`, or `ParamsDistributionSSM`. Functions of
             (z), or of (z, u) if there are inputs; covariances may vary in time, R may be (N,).
-        emissions: $y$ (T, N), NaN where missing.
-        inputs: $u$ (T, U); `inputs[t]` enters the step into $z_t$ and the emission at t.
+        emissions: $y$ (T, N), NaN where missing; integers and bools are taken as numbers.
+        inputs: $u$ (T, U), or a pytree of arrays with leading axis T; entry t enters the step into
+            $z_t$ and the emission at t.
         linearizer: `Taylor()` or `SigmaPoints(rule)`.
         num_iter: linearizations of each emission. Later ones are about the moments that came of
             it, and every update starts from the prediction: a linear model is not changed by it.
@@ -117,6 +107,7 @@ def gaussian_filter(
     if unknown:
         raise ValueError(f"output_fields must be among {FIELDS}, got {sorted(unknown)}")
     system, data = prepare_system(params, emissions, inputs, residual=residual)
+    check_linearizer(linearizer, data)
     stored = for_emissions(stored, system, data)
     posterior = _filter(system, data, linearizer=linearizer, form=stored, num_iter=num_iter)
     if data.inputs is not None or data.noise.ndim == 3:
@@ -130,7 +121,7 @@ def gaussian_filter(
 def gaussian_smoother(
     params: NonlinearParams,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     *,
     linearizer: Linearizer = Taylor(),
     num_iter: int = 1,
@@ -165,210 +156,8 @@ def gaussian_smoother(
     stored = find_form(form, float)
     check_count("num_iter", num_iter)
     system, data = prepare_system(params, emissions, inputs, residual=residual)
+    check_linearizer(linearizer, data)
     stored = for_emissions(stored, system, data)
     return _smoother(
         system, data, linearizer=linearizer, form=stored, backend=backend, num_iter=num_iter
-    )
-
-
-def extended_kalman_filter(
-    params: ParamsNLGSSM,
-    emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
-    num_iter: int = 1,
-    output_fields: Sequence[str] | None = FIELDS,
-    *,
-    form: str = "covariance",
-) -> PosteriorGSSMFiltered:
-    """Run the extended Kalman filter; arguments as `gaussian_filter`, in dynamax's order."""
-    return gaussian_filter(
-        params, emissions, inputs, num_iter=num_iter, output_fields=output_fields, form=form
-    )
-
-
-def extended_kalman_smoother(
-    params: ParamsNLGSSM,
-    emissions: ArrayLike,
-    filtered_posterior: PosteriorGSSMFiltered | None = None,
-    inputs: ArrayLike | None = None,
-    *,
-    backend: Backend | None = None,
-    form: str = "covariance",
-) -> PosteriorGSSMSmoothed:
-    """Run the extended Kalman smoother; arguments as `gaussian_smoother`, in dynamax's order.
-
-    `filtered_posterior` spares the filter; the steps are then linearized about its filtered means.
-    """
-    if filtered_posterior is None:
-        return gaussian_smoother(params, emissions, inputs, backend=backend, form=form)
-    check_backend(backend)
-    find_form(form, float)
-    system, data = prepare_system(params, emissions, inputs)
-    return _smoother_of_filtered(system, data, filtered_posterior, backend=backend)
-
-
-def _unscented(hyperparams: Any) -> SigmaPoints:
-    """Take over dynamax's hyperparameters, which must be known before running."""
-    alpha, beta, kappa = (
-        float(value) for value in (hyperparams.alpha, hyperparams.beta, hyperparams.kappa)
-    )
-    return SigmaPoints(Unscented(alpha, beta, kappa))
-
-
-def unscented_kalman_filter(
-    params: ParamsNLGSSM,
-    emissions: ArrayLike,
-    hyperparams: UKFHyperParams,
-    inputs: ArrayLike | None = None,
-    output_fields: Sequence[str] | None = FIELDS,
-    *,
-    form: str = "covariance",
-) -> PosteriorGSSMFiltered:
-    """Run the unscented Kalman filter; arguments as `gaussian_filter`, in dynamax's order.
-
-    `hyperparams` are dynamax's alpha, beta and kappa, see `Unscented`.
-    """
-    return gaussian_filter(
-        params,
-        emissions,
-        inputs,
-        linearizer=_unscented(hyperparams),
-        output_fields=output_fields,
-        form=form,
-    )
-
-
-def unscented_kalman_smoother(
-    params: ParamsNLGSSM,
-    emissions: ArrayLike,
-    hyperparams: UKFHyperParams,
-    inputs: ArrayLike | None = None,
-    *,
-    backend: Backend | None = None,
-    form: str = "covariance",
-) -> PosteriorGSSMSmoothed:
-    """Run the unscented Kalman smoother; arguments as `unscented_kalman_filter`."""
-    return gaussian_smoother(
-        params, emissions, inputs, linearizer=_unscented(hyperparams), backend=backend, form=form
-    )
-
-
-def cubature_kalman_filter(
-    params: ParamsNLGSSM, emissions: ArrayLike, inputs: ArrayLike | None = None, **options: Any
-) -> PosteriorGSSMFiltered:
-    """Run the cubature Kalman filter; arguments and options as `gaussian_filter`."""
-    return gaussian_filter(params, emissions, inputs, linearizer=SigmaPoints(Cubature()), **options)
-
-
-def cubature_kalman_smoother(
-    params: ParamsNLGSSM, emissions: ArrayLike, inputs: ArrayLike | None = None, **options: Any
-) -> PosteriorGSSMSmoothed:
-    """Run the cubature Kalman smoother; arguments and options as `gaussian_smoother`."""
-    return gaussian_smoother(
-        params, emissions, inputs, linearizer=SigmaPoints(Cubature()), **options
-    )
-
-
-def gauss_hermite_kalman_filter(
-    params: ParamsNLGSSM,
-    emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
-    *,
-    order: int = 3,
-    **options: Any,
-) -> PosteriorGSSMFiltered:
-    """Run the Gauss-Hermite Kalman filter with `order` points in each dimension of the state.
-
-    Other arguments and options as `gaussian_filter`.
-    """
-    linearizer = SigmaPoints(GaussHermite(order))
-    return gaussian_filter(params, emissions, inputs, linearizer=linearizer, **options)
-
-
-def gauss_hermite_kalman_smoother(
-    params: ParamsNLGSSM,
-    emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
-    *,
-    order: int = 3,
-    **options: Any,
-) -> PosteriorGSSMSmoothed:
-    """Run the Gauss-Hermite Kalman smoother; `order` as the filter, others `gaussian_smoother`."""
-    linearizer = SigmaPoints(GaussHermite(order))
-    return gaussian_smoother(params, emissions, inputs, linearizer=linearizer, **options)
-
-
-def _integrals(inf_params: Any) -> Linearizer:
-    """Take over dynamax's Gaussian integrals, or a linearizer as it is."""
-    if isinstance(inf_params, EKFIntegrals):
-        return Taylor()
-    if isinstance(inf_params, UKFIntegrals):
-        return _unscented(inf_params)
-    if isinstance(inf_params, GHKFIntegrals):
-        return SigmaPoints(GaussHermite(int(inf_params.order)))
-    if isinstance(inf_params, Linearizer) and not isinstance(inf_params, type):
-        return inf_params
-    raise TypeError(
-        "inf_params must be dynamax's EKFIntegrals(), UKFIntegrals() or GHKFIntegrals(), or a "
-        f"linearizer such as elkax.Taylor(), got {inf_params!r}"
-    )
-
-
-def conditional_moments_gaussian_filter(
-    model_params: ParamsGGSSM,
-    inf_params: Any,
-    emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
-    num_iter: int = 1,
-    *,
-    form: str = "covariance",
-) -> PosteriorGSSMFiltered:
-    """Filter a model whose emissions have a mean and a covariance function of the state.
-
-    Args:
-        model_params: dynamax's `ParamsGGSSM`; its `emission_dist` is not read.
-        inf_params: dynamax's `EKFIntegrals()`, `UKFIntegrals(...)` or `GHKFIntegrals(order)`, or a
-            linearizer.
-        emissions: as `gaussian_filter`.
-        inputs: as `gaussian_filter`.
-        num_iter: as `gaussian_filter`.
-        form: as `gaussian_filter`.
-
-    Returns:
-        As `gaussian_filter`.
-
-    Raises:
-        ValueError: as `gaussian_filter`.
-        TypeError: as `gaussian_filter`, or on other `inf_params`.
-    """
-    return gaussian_filter(
-        model_params,
-        emissions,
-        inputs,
-        linearizer=_integrals(inf_params),
-        num_iter=num_iter,
-        form=form,
-    )
-
-
-def conditional_moments_gaussian_smoother(
-    model_params: ParamsGGSSM,
-    inf_params: Any,
-    emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
-    *,
-    backend: Backend | None = None,
-    form: str = "covariance",
-) -> PosteriorGSSMSmoothed:
-    """Smooth a model whose emissions have a mean and a covariance function of the state.
-
-    Arguments as `conditional_moments_gaussian_filter`, result as `gaussian_smoother`.
-    """
-    return gaussian_smoother(
-        model_params,
-        emissions,
-        inputs,
-        linearizer=_integrals(inf_params),
-        backend=backend,
-        form=form,
     )

@@ -3,7 +3,7 @@
 from functools import partial
 
 import jax
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, PyTree
 
 from elkax.gaussian import Form, Model
 from elkax.linearize import Linearizer, Taylor
@@ -14,7 +14,14 @@ from elkax.smoothers.linearization import linearize
 from elkax.smoothers.nonlinear import filter_system
 from elkax.smoothers.prepare import check_backend, check_count, find_form
 from elkax.smoothers.sampling import Key, draw_posterior
-from elkax.smoothers.system import Data, NonlinearParams, System, for_emissions, prepare_system
+from elkax.smoothers.system import (
+    Data,
+    NonlinearParams,
+    System,
+    check_linearizer,
+    for_emissions,
+    prepare_system,
+)
 
 
 @partial(jax.jit, static_argnames=("system", "linearizer", "form"))
@@ -33,10 +40,11 @@ def extended_kalman_posterior_sample(
     key: Key,
     params: NonlinearParams,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     *,
     linearizer: Linearizer = Taylor(),
     num_samples: int | None = None,
+    residual: Residual | None = None,
     backend: Backend | None = None,
     form: str = "covariance",
 ) -> Array:
@@ -49,6 +57,7 @@ def extended_kalman_posterior_sample(
         inputs: as `gaussian_filter`.
         linearizer: as `gaussian_filter`.
         num_samples: how many draws; None for one without a leading axis.
+        residual: as `gaussian_filter`.
         backend: as `gaussian_smoother`.
         form: as `gaussian_smoother`.
 
@@ -63,7 +72,8 @@ def extended_kalman_posterior_sample(
     if num_samples is not None:
         check_count("num_samples", num_samples)
     stored = find_form(form, float)
-    system, data = prepare_system(params, emissions, inputs)
+    system, data = prepare_system(params, emissions, inputs, residual=residual)
+    check_linearizer(linearizer, data)
     stored = for_emissions(stored, system, data)
     model = _along_filter(system, data, linearizer=linearizer, form=stored)
     return draw_posterior(key, model, num_samples=num_samples, form=stored, backend=backend)
@@ -73,7 +83,7 @@ def iterated_posterior_sample(
     key: Key,
     params: NonlinearParams,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     *,
     solution: Solution,
     linearizer: Linearizer = Taylor(),
@@ -112,6 +122,7 @@ def iterated_posterior_sample(
         check_count("num_samples", num_samples)
     stored = find_form(form, float)
     system, data = prepare_system(params, emissions, inputs, residual=residual)
+    check_linearizer(linearizer, data)
     stored = for_emissions(stored, system, data)
     covs = solution.posterior.smoothed_covariances if linearizer.uses_covariance else None
     model = _along_trajectory(system, data, solution.trajectory, covs, linearizer=linearizer)

@@ -11,6 +11,7 @@ from jaxtyping import Array
 from elkax.gaussian import Form
 from elkax.linearize import Linearizer
 from elkax.scan import Backend
+from elkax.scan.lanes import matmul, matvec
 from elkax.smoothers.cost import measure
 from elkax.smoothers.linearization import linearize
 from elkax.smoothers.nonlinear import filter_system, smooth_filtered
@@ -30,9 +31,9 @@ def _filter_start(
     model to worse minima.
     """
     smoothed = smooth_filtered(filter_system(system, data, linearizer, form), form, backend)
-    prior = _prior_start(system, data)
+    prior, prior_covs = _prior_start(system, data, linearizer=linearizer)
     means = jnp.stack((smoothed.mean, prior))
-    covs = jnp.stack((smoothed.cov, jnp.zeros_like(smoothed.cov)))
+    covs = jnp.stack((smoothed.cov, smoothed.cov if prior_covs is None else prior_covs))
 
     def judge(means: Array, covs: Array) -> tuple[Array, Array]:
         given = covs if linearizer.uses_covariance else None
@@ -47,16 +48,32 @@ def _filter_start(
     return means[choice], covs[choice]
 
 
-@partial(jax.jit, static_argnames=("system",))
-def _prior_start(system: System, data: Data) -> Array:
-    def one(state: Array, inputs: Array | None) -> tuple[Array, Array]:
-        state = system.advance(state, inputs)
-        return state, state
+@partial(jax.jit, static_argnames=("system", "linearizer"))
+def _prior_start(
+    system: System, data: Data, *, linearizer: Linearizer
+) -> tuple[Array, Array | None]:
+    """Return the moments that a filter without data predicts, only means where these suffice."""
+    varying = data.noise.ndim == 3
 
-    length = data.values.shape[0] - 1
-    inputs = None if data.inputs is None else data.inputs[1:]
-    _, later = jax.lax.scan(one, data.initial_mean, inputs, length=length)
-    return jnp.concatenate((data.initial_mean[None], later))
+    def one(moments: tuple, x: tuple) -> tuple[tuple, tuple]:
+        (mean, cov), (inputs, noise) = moments, x
+
+        def step(state: Array) -> Array:
+            return system.advance(state, inputs)
+
+        if cov is None:
+            moments = step(mean), None
+        else:
+            weights, offset, rest = linearizer(step, mean, cov)
+            noise = (data.noise if noise is None else noise) + (0.0 if rest is None else rest)
+            cov = matmul(matmul(weights, cov), weights.T) + noise
+            moments = matvec(weights, mean) + offset, cov
+        return moments, moments
+
+    start = (data.initial_mean, data.initial_cov if linearizer.uses_covariance else None)
+    xs = (data.later_inputs(), data.noise[1:] if varying else None)
+    _, later = jax.lax.scan(one, start, xs, length=data.values.shape[0] - 1)
+    return jax.tree.map(lambda first, rest: jnp.concatenate((first[None], rest)), start, later)
 
 
 def find_start(
@@ -80,7 +97,8 @@ def find_start(
             raise ValueError(
                 f'start must be None, "prior", a trajectory, a state or a posterior, got {start!r}'
             )
-        means = _prior_start(system, data)
+        means, prior_covs = _prior_start(system, data, linearizer=linearizer)
+        covs = covs if prior_covs is None else prior_covs
     else:
         if isinstance(start, PosteriorGSSMSmoothed):
             covs = real_array("start.smoothed_covariances", start.smoothed_covariances)
@@ -91,5 +109,5 @@ def find_start(
         means = jnp.broadcast_to(means, shape)
     finite = jnp.all(jnp.isfinite(means)) & jnp.all(jnp.isfinite(covs))
     means = jnp.where(finite, means, data.initial_mean)
-    covs = jnp.where(finite, covs, 0.0).astype(dtype)
+    covs = jnp.where(finite, covs, data.initial_cov).astype(dtype)
     return means, covs if linearizer.uses_covariance else None

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, PyTree
 
-from elkax.linearize import Datum, Taylor
+from elkax.linearize import Datum, Taylor, hessian
 from elkax.linearize.emissions import MomentEmission, Residual
 from elkax.smoothers.prepare import real_array
 from elkax.smoothers.system import Data, NonlinearParams, System, prepare_system
@@ -60,16 +60,27 @@ class Blocks(NamedTuple):
     errors: Array
 
 
-def _misfit(system: System, datum: Datum, state: Array) -> tuple[Array, Array]:
-    """Return the residual (K,), zero where missing, and the negative log-density."""
-    residual, extra = system.emission.misfit(Taylor(), datum, state, None)
-    if not system.emission.quadratic:
-        return residual[:0], extra
-    return jnp.where(datum.observed, residual, 0.0), extra
+class Functions(NamedTuple):
+    """The functions of a model that the cost depends on.
+
+    Attributes:
+        advance: (state, inputs) to the next state.
+        misfit: (datum, state) to the residual (K,), zero where missing, and the negative
+            log-density.
+    """
+
+    advance: Callable[[Array, PyTree | None], Array]
+    misfit: Callable[[Datum, Array], tuple[Array, Array]]
 
 
-def _later_inputs(data: Data) -> Array | None:
-    return None if data.inputs is None else data.inputs[1:]
+def _functions(system: System) -> Functions:
+    def misfit(datum: Datum, state: Array) -> tuple[Array, Array]:
+        residual, extra = system.emission.misfit(Taylor(), datum, state, None)
+        if not system.emission.quadratic:
+            return residual[:0], extra
+        return jnp.where(datum.observed, residual, 0.0), extra
+
+    return Functions(system.advance, misfit)
 
 
 def _noise(data: Data) -> Array:
@@ -78,9 +89,8 @@ def _noise(data: Data) -> Array:
     return noise.at[0].set(data.initial_cov)
 
 
-def _errors(system: System, data: Data) -> Array:
+def _errors(data: Data, size: int) -> Array:
     """Return $R$ (T, K, K), the identity where missing."""
-    size = _num_errors(system, data)
     if size == 0:
         return jnp.zeros((len(data.values), 0, 0), data.noise.dtype)
     noise = data.each().noise
@@ -90,44 +100,76 @@ def _errors(system: System, data: Data) -> Array:
     return jnp.where(data.observed[:, :, None] & data.observed[:, None], full, eye)
 
 
-def _lagrangian(system: System, data: Data, point: Point) -> Array:
+def _dynamics_errors(functions: Functions, data: Data, states: Array) -> Array:
+    predicted = jax.vmap(functions.advance)(states[:-1], data.later_inputs())
+    return states - jnp.concatenate((data.initial_mean[None], predicted))
+
+
+def _lagrangian(functions: Functions, data: Data, point: Point) -> Array:
     states, duals, emission_duals = point
-    predicted = jax.vmap(system.advance)(states[:-1], _later_inputs(data))
-    errors = states - jnp.concatenate((data.initial_mean[None], predicted))
-    residual, extra = data.map_data(partial(_misfit, system), states)
+    residual, extra = data.map_data(functions.misfit, states)
 
     def half_square(matrix: Array, x: Array) -> Array:
         return 0.5 * jnp.einsum("ti,tij,tj->", x, matrix, x, precision="highest")
 
-    value = jnp.sum(duals * errors) - half_square(_noise(data), duals)
-    value = value + jnp.sum(emission_duals * residual)
-    return value - half_square(_errors(system, data), emission_duals) + jnp.sum(extra)
+    value = jnp.sum(duals * _dynamics_errors(functions, data, states))
+    value = value - half_square(_noise(data), duals) + jnp.sum(emission_duals * residual)
+    errors = _errors(data, residual.shape[1])
+    return value - half_square(errors, emission_duals) + jnp.sum(extra)
 
 
-def _blocks(system: System, data: Data, point: Point) -> Blocks:
+def _weights(functions: Functions, data: Data, states: Array) -> Array:
+    """Return $F_t$ (T, D, D), the derivative of the step into $z_t$, zero at first."""
+    weights = jax.vmap(jax.jacfwd(functions.advance))(states[:-1], data.later_inputs())
+    return jnp.concatenate((jnp.zeros((1, *weights.shape[1:]), weights.dtype), weights))
+
+
+def _rows(functions: Functions, data: Data, states: Array) -> tuple[Array, Array]:
+    """Return the derivatives of residuals (T, K, D) and negative log-densities (T, D)."""
+    return data.map_data(jax.jacfwd(functions.misfit, argnums=1), states)
+
+
+def _gradient(functions: Functions, data: Data, point: Point) -> Point:
+    r"""Differentiate $\mathcal L$, by forward mode."""
+    states, duals, emission_duals = point
+    residual, _ = data.map_data(functions.misfit, states)
+    rows, slopes = _rows(functions, data, states)
+    # F_{t+1} at t; the last one meets a zero.
+    following = jnp.roll(_weights(functions, data, states), -1, axis=0)
+    after = jnp.roll(duals, -1, axis=0)
+
+    def times(matrices: Array, x: Array) -> Array:
+        return jnp.einsum("tij,tj->ti", matrices, x, precision="highest")
+
+    return Point(
+        duals - times(following.mT, after) + times(rows.mT, emission_duals) + slopes,
+        _dynamics_errors(functions, data, states) - times(_noise(data), duals),
+        residual - times(_errors(data, residual.shape[1]), emission_duals),
+    )
+
+
+def _blocks(functions: Functions, data: Data, point: Point) -> Blocks:
     states, duals, emission_duals = point
 
-    def step(state: Array, dual: Array, inputs: Array | None) -> tuple[Array, Array]:
-        weights = jax.jacfwd(lambda z: system.advance(z, inputs))(state)
-        hessian = jax.hessian(lambda z: jnp.vdot(dual, system.advance(z, inputs)))(state)
-        return weights, -hessian
+    def step(state: Array, dual: Array, inputs: PyTree | None) -> Array:
+        return -hessian(lambda z: jnp.vdot(dual, functions.advance(z, inputs)))(state)
 
-    def emission(datum: Datum, state: Array, dual: Array) -> tuple[Array, Array]:
+    def emission(datum: Datum, state: Array, dual: Array) -> Array:
         def cost(z: Array) -> Array:
-            residual, extra = _misfit(system, datum, z)
+            residual, extra = functions.misfit(datum, z)
             return jnp.vdot(dual, residual) + extra
 
-        rows = jax.jacfwd(lambda z: _misfit(system, datum, z)[0])(state)
-        return rows, jax.hessian(cost)(state)
+        return hessian(cost)(state)
 
-    weights, of_steps = jax.vmap(step)(states[:-1], duals[1:], _later_inputs(data))
-    rows, curvature = data.map_data(emission, states, emission_duals)
+    of_steps = jax.vmap(step)(states[:-1], duals[1:], data.later_inputs())
+    curvature = data.map_data(emission, states, emission_duals)
+    rows, _ = _rows(functions, data, states)
     return Blocks(
-        weights=jnp.concatenate((jnp.zeros((1, *weights.shape[1:]), weights.dtype), weights)),
+        weights=_weights(functions, data, states),
         noise=_noise(data),
         curvature=curvature.at[:-1].add(of_steps),
         rows=rows,
-        errors=_errors(system, data),
+        errors=_errors(data, rows.shape[1]),
     )
 
 
@@ -179,34 +221,19 @@ def _solve(blocks: Blocks, pivots: Array, point: Point) -> Point:
     return Point(x[:, size : 2 * size], x[:, :size], x[:, 2 * size :])
 
 
-class Conditions(NamedTuple):
-    r"""What a trajectory of least cost is found by, functions of the arrays of a model and a point.
-
-    Attributes:
-        lagrangian: $\mathcal L$.
-        blocks: its Hessian.
-    """
-
-    lagrangian: Callable[[Data, Point], Array]
-    blocks: Callable[[Data, Point], Blocks]
-
-    def complete(self, data: Data, means: Array, num_errors: int) -> Point:
-        """Find the multipliers of a trajectory of least cost."""
-        zero = jnp.zeros((len(means), num_errors), means.dtype)
-        point = Point(means, jnp.zeros_like(means), zero)
-        # The conditions are linear in the multipliers, and any curvature will do where z solves
-        # them.
-        change = self.solve(data, point, jax.grad(self.lagrangian, argnums=1)(data, point))
-        return Point(means, -change.dynamics, -change.emission)
-
-    def solve(self, data: Data, point: Point, gradient: Point) -> Point:
-        """Multiply with the inverse of the Hessian."""
-        blocks = self.blocks(data, point)
-        return _solve(blocks, _pivots(blocks), gradient)
+def _complete(functions: Functions, data: Data, means: Array, num_errors: int) -> Point:
+    """Find the multipliers of a trajectory of least cost."""
+    zero = jnp.zeros((len(means), num_errors), means.dtype)
+    point = Point(means, jnp.zeros_like(means), zero)
+    # The conditions are linear in the multipliers, and any curvature will do where z solves them.
+    change = _newton(functions, data, point, _gradient(functions, data, point))
+    return Point(means, -change.dynamics, -change.emission)
 
 
-def _conditions(system: System) -> Conditions:
-    return Conditions(partial(_lagrangian, system), partial(_blocks, system))
+def _newton(functions: Functions, data: Data, point: Point, gradient: Point) -> Point:
+    """Multiply a gradient with the inverse of the Hessian."""
+    blocks = _blocks(functions, data, point)
+    return _solve(blocks, _pivots(blocks), gradient)
 
 
 def _num_errors(system: System, data: Data) -> int:
@@ -229,19 +256,18 @@ def at_least_cost(system: System, data: Data, means: Array) -> Array:
         Kristensen et al. (2016), Journal of Statistical Software 70(5).
     """
     num_errors = _num_errors(system, data)
-    like = Point(means, means, jnp.zeros((len(means), num_errors), means.dtype))
-    # A rule for derivatives must be given what the functions close over.
-    converted, closed = zip(
-        *(jax.closure_convert(function, data, like) for function in _conditions(system)),
-        strict=True,
-    )
+    datum = jax.tree.map(lambda leaf: leaf[0], data.each())
+    functions = _functions(system)
+    # A rule for derivatives must be given what the functions close over. Their derivatives are not
+    # traced before somebody asks for them.
+    advance, of_advance = jax.closure_convert(functions.advance, means[0], datum.inputs)
+    misfit, of_misfit = jax.closure_convert(functions.misfit, datum, means[0])
 
-    def open_conditions(closed: tuple) -> Conditions:
-        return Conditions(
-            *(
-                lambda data, point, function=function, values=values: function(data, point, *values)
-                for function, values in zip(converted, closed, strict=True)
-            )
+    def opened(closed: tuple) -> Functions:
+        of_advance, of_misfit = closed
+        return Functions(
+            lambda state, inputs: advance(state, inputs, *of_advance),
+            lambda datum, state: misfit(datum, state, *of_misfit),
         )
 
     @jax.custom_jvp
@@ -252,16 +278,16 @@ def at_least_cost(system: System, data: Data, means: Array) -> Array:
     @value.defjvp
     def _jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
         data, closed, means = primals
-        now = open_conditions(closed)
-        point = now.complete(data, means, num_errors)
+        now = opened(closed)
+        point = _complete(now, data, means, num_errors)
 
         def gradient(data: Data, closed: tuple) -> Point:
-            return jax.grad(open_conditions(closed).lagrangian, argnums=1)(data, point)
+            return _gradient(opened(closed), data, point)
 
         _, change = jax.jvp(gradient, primals[:2], tangents[:2])
-        return means, -now.solve(data, point, change).state
+        return means, -_newton(now, data, point, change).state
 
-    return value(data, closed, means)
+    return value(data, (of_advance, of_misfit), means)
 
 
 @jax.custom_jvp
@@ -289,7 +315,7 @@ def minimises(system: System) -> bool:
 def laplace_log_prob(
     params: NonlinearParams,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     *,
     trajectory: ArrayLike,
     residual: Residual | None = None,
@@ -303,8 +329,8 @@ def laplace_log_prob(
 
     Args:
         params: dynamax's `ParamsNLGSSM`, or `ParamsDistributionSSM`.
-        emissions: $y$ (T, N), NaN where missing.
-        inputs: $u$ (T, U).
+        emissions: $y$ (T, N), NaN where missing; integers and bools are taken as numbers.
+        inputs: $u$ (T, U), or a pytree of arrays with leading axis T.
         trajectory: $z^*$ (T, D), from `iterated_smoother` with `Taylor()`, converged.
         residual: as in `iterated_smoother`.
 
@@ -337,8 +363,9 @@ def laplace_log_prob(
 @partial(jax.jit, static_argnames=("system",))
 def _laplace(system: System, data: Data, means: Array) -> Array:
     r"""Evaluate $-\mathcal L - \tfrac12\log|\det K| - \tfrac n2\log 2\pi$, n Gaussian entries."""
-    point = _conditions(system).complete(data, means, _num_errors(system, data))
-    pivots = _pivots(_blocks(system, data, point))
+    functions = _functions(system)
+    point = _complete(functions, data, means, _num_errors(system, data))
+    pivots = _pivots(_blocks(functions, data, point))
     log_dets = jnp.linalg.slogdet(pivots)[1]
     # One negative eigenvalue for every multiplier says that the Hessian on the constraints is
     # positive; scaling changes no sign.
@@ -347,7 +374,7 @@ def _laplace(system: System, data: Data, means: Array) -> Array:
     negative = jnp.sum(jnp.linalg.eigvalsh(fixed * scale[:, :, None] * scale[:, None]) < 0)
     num_multipliers = point.dynamics.size + point.emission.size
     num_gaussian = jnp.sum(data.observed) if system.emission.quadratic else 0
-    value = -_lagrangian(system, data, point) - 0.5 * jnp.sum(log_dets)
+    value = -_lagrangian(functions, data, point) - 0.5 * jnp.sum(log_dets)
     value = value - 0.5 * num_gaussian * jnp.log(2 * jnp.pi)
     # A factor and not a choice, which would have the derivative zero.
     return value * jnp.where(negative == num_multipliers, 1.0, jnp.nan)

@@ -1,6 +1,6 @@
 """From the parameters of a nonlinear model to static functions and traced arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from dynamax.generalized_gaussian_ssm.models import ParamsGGSSM
 from dynamax.nonlinear_gaussian_ssm.models import ParamsNLGSSM
-from jaxtyping import Array, ArrayLike
+from jax.tree_util import GetAttrKey
+from jaxtyping import Array, ArrayLike, PyTree
 
 from elkax.gaussian import Form
 from elkax.linearize import (
@@ -17,7 +18,9 @@ from elkax.linearize import (
     DensityEmission,
     Emission,
     GaussianEmission,
+    Linearizer,
     MomentEmission,
+    SigmaPoints,
     call,
 )
 from elkax.linearize.curvature import ClippedHessian
@@ -38,6 +41,9 @@ class ParamsDistributionSSM(NamedTuple):
         emission_distribution: (z) or (z, u) to a TFP distribution over the N entries of y: a batch
             of N independent ones, or one over vectors of N.
         curvature: how the log-density is made Gaussian, see `DensityEmission`.
+
+    A pytree of its arrays, and of those in functions that are pytrees (`jax.tree_util.Partial`);
+    plain functions and the curvature are static, so it may be an argument of `jit` and `vmap`.
     """
 
     initial_mean: Any
@@ -47,6 +53,28 @@ class ParamsDistributionSSM(NamedTuple):
     emission_distribution: Callable
     curvature: Curvature = ClippedHessian()
 
+
+def is_plain(value: Any) -> bool:
+    """Tell whether a value is a function, or another callable, without arrays in it."""
+    return callable(value) and jax.tree.structure(value) == jax.tree.structure(0)
+
+
+def _flatten(params: ParamsDistributionSSM) -> tuple[list, tuple]:
+    fields = params._asdict()
+    static = {name: value for name, value in fields.items() if is_plain(value)}
+    children = [(GetAttrKey(name), value) for name, value in fields.items() if name not in static]
+    return children, tuple(static.items())
+
+
+def _unflatten(static: tuple, children: Iterable) -> ParamsDistributionSSM:
+    known, rest = dict(static), iter(children)
+    return ParamsDistributionSSM(
+        *(known[name] if name in known else next(rest) for name in ParamsDistributionSSM._fields)
+    )
+
+
+# Functions and the curvature belong to the structure, so that `jit` takes the parameters.
+jax.tree_util.register_pytree_with_keys(ParamsDistributionSSM, _flatten, _unflatten)
 
 NonlinearParams = ParamsNLGSSM | ParamsGGSSM | ParamsDistributionSSM
 
@@ -58,7 +86,7 @@ class System:
     dynamics: Callable
     emission: Emission
 
-    def advance(self, state: Array, inputs: Array | None) -> Array:
+    def advance(self, state: Array, inputs: PyTree | None) -> Array:
         """Evaluate $f(z, u)$, (D,)."""
         return jnp.reshape(call(self.dynamics, state, inputs), state.shape)
 
@@ -73,7 +101,7 @@ class Data(NamedTuple):
         emission_noise: $R$, (N, N), (N,), (T, N, N) or (T, N); None if the emission states its own.
         values: (T, N), one where missing: a possible value of counts and classes.
         observed: (T, N).
-        inputs: (T, U) or None.
+        inputs: (T, U), a pytree with leading axis T, or None.
     """
 
     initial_mean: Array
@@ -82,7 +110,11 @@ class Data(NamedTuple):
     emission_noise: Array | None
     values: Array
     observed: Array
-    inputs: Array | None
+    inputs: PyTree | None
+
+    def later_inputs(self) -> PyTree | None:
+        """Return the inputs of the steps into the states at t = 1, ..., T - 1."""
+        return jax.tree.map(lambda leaf: leaf[1:], self.inputs)
 
     def _constant_noise(self) -> bool:
         size = self.values.shape[1]
@@ -103,6 +135,12 @@ class Data(NamedTuple):
         return Datum(self.values, self.observed, noise, self.inputs)
 
 
+def check_linearizer(linearizer: Linearizer, data: Data) -> None:
+    """Warn where sigma points are too close for the type of the numbers."""
+    if isinstance(linearizer, SigmaPoints):
+        linearizer.check(len(data.initial_mean), data.initial_mean.dtype)
+
+
 def for_emissions(form: Form, system: System, data: Data) -> Form:
     """Give the form that carries what rounding leaves only where R may be singular."""
     if isinstance(system.emission, DensityEmission):
@@ -118,7 +156,7 @@ def for_emissions(form: Form, system: System, data: Data) -> Form:
 def prepare_system(
     params: NonlinearParams,
     emissions: ArrayLike,
-    inputs: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     *,
     residual: Residual | None = None,
 ) -> tuple[System, Data]:
@@ -126,8 +164,9 @@ def prepare_system(
 
     Args:
         params: dynamax's `ParamsNLGSSM` or `ParamsGGSSM`, or `ParamsDistributionSSM`.
-        emissions: (T, N), NaN where missing.
-        inputs: (T, U).
+        emissions: (T, N), NaN where missing; integers and bools are taken as numbers.
+        inputs: (T, U), or a pytree of arrays with leading axis T, whose integers stay what they
+            are.
         residual: $(y, \hat y)$ to their difference, for Gaussian emissions on a circle.
 
     Raises:
@@ -140,7 +179,7 @@ def prepare_system(
             "params must be ParamsNLGSSM, ParamsGGSSM or ParamsDistributionSSM, got "
             f"{type(params).__name__}"
         )
-    emissions = real_array("emissions", emissions)
+    emissions = real_array("emissions", emissions, booleans=True)
     if emissions.ndim != 2 or 0 in emissions.shape:
         raise ValueError(
             f"emissions must be (T, N) with T >= 1 and N >= 1, got shape {emissions.shape}"
@@ -153,17 +192,17 @@ def prepare_system(
     if isinstance(params, ParamsNLGSSM):
         arrays["emission_covariance"] = params.emission_covariance
     arrays = {name: real_array(f"params.{name}", value) for name, value in arrays.items()}
-    if inputs is not None:
-        inputs = real_array("inputs", inputs)
-        if inputs.ndim != 2 or inputs.shape[0] != emissions.shape[0]:
-            raise ValueError(
-                f"inputs must be (T, U) with T = {emissions.shape[0]} as the emissions, got shape "
-                f"{inputs.shape}"
-            )
+    inputs = _check_inputs(inputs, len(emissions))
     _check_arrays(arrays, *emissions.shape)
-    leaves = [*arrays.values(), emissions] + ([] if inputs is None else [inputs])
-    dtype = jnp.result_type(*leaves)
+    numbers = [leaf for leaf in jax.tree.leaves(inputs) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    dtype = jnp.result_type(*arrays.values(), emissions, *numbers)
     dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
+    single = isinstance(inputs, Array)
+
+    def as_number(leaf: Array) -> Array:
+        # Integers and bools in a pytree may be what a function counts or chooses by.
+        return leaf.astype(dtype) if single or jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
     arrays = {name: value.astype(dtype) for name, value in arrays.items()}
     emissions = emissions.astype(dtype)
     observed = ~jnp.isnan(emissions)
@@ -174,7 +213,7 @@ def prepare_system(
         arrays.get("emission_covariance"),
         jnp.where(observed, emissions, 1.0),
         observed,
-        None if inputs is None else inputs.astype(dtype),
+        jax.tree.map(as_number, inputs),
     )
     system = System(params.dynamics_function, _emission(params, residual))
     _check_functions(system, data)
@@ -189,6 +228,32 @@ def _emission(params: NonlinearParams, residual: Residual | None) -> Emission:
     if residual is not None:
         raise ValueError("residual belongs to Gaussian emissions, but params has a distribution")
     return DensityEmission(params.emission_distribution, params.curvature)
+
+
+def _check_inputs(inputs: PyTree | None, length: int) -> PyTree | None:
+    """Return inputs as arrays with leading axis T: one, or a pytree of them."""
+    if inputs is None:
+        return None
+    if isinstance(inputs, list) or jax.tree_util.all_leaves([inputs]):
+        array = real_array("inputs", inputs)
+        if array.ndim != 2 or len(array) != length:
+            raise ValueError(
+                f"inputs must be (T, U) with T = {length} as the emissions, or a pytree of arrays "
+                f"with leading axis T, got shape {array.shape}"
+            )
+        return array
+
+    def check(path: tuple, leaf: Any) -> Array:
+        name = f"inputs{jax.tree_util.keystr(path)}"
+        array = real_array(name, leaf, booleans=True)
+        if array.shape[:1] != (length,):
+            raise ValueError(
+                f"{name} must have the leading axis T = {length} as the emissions, got shape "
+                f"{array.shape}"
+            )
+        return array
+
+    return jax.tree_util.tree_map_with_path(check, inputs)
 
 
 def _check_arrays(arrays: dict[str, Array], length: int, emission_dim: int) -> None:
@@ -217,13 +282,14 @@ def _check_arrays(arrays: dict[str, Array], length: int, emission_dim: int) -> N
 def _check_functions(system: System, data: Data) -> None:
     """Evaluate the shapes of every function once."""
     state = data.initial_mean
-    inputs = None if data.inputs is None else data.inputs[0]
+    inputs = jax.tree.map(lambda leaf: leaf[0], data.inputs)
     size = data.values.shape[1:]
 
     def check(name: str, function: Callable, expected: tuple[int, ...]) -> None:
         arguments = f"(z) with z of shape {state.shape}"
         if inputs is not None:
-            arguments = f"(z, u) with z of shape {state.shape} and u of shape {inputs.shape}"
+            shapes = jax.tree.map(jnp.shape, inputs)
+            arguments = f"(z, u) with z of shape {state.shape} and u of shape {shapes}"
         if not callable(function):
             raise TypeError(f"params.{name} must be a function of {arguments}, got {function!r}")
         try:
