@@ -61,18 +61,25 @@ def simulate(params, num_timesteps, seed, inputs=None, start=None, draw=None):
 
 
 def map_cost(params, emissions, inputs=None, residual=jnp.subtract):
-    """The MAP cost as a function of the trajectory, written out for regular covariances."""
+    """The MAP cost as a function of the trajectory, written out for regular covariances.
+
+    Missing entries are left out, which needs R to be diagonal, or entries to be independent.
+    """
     m0, P0, f, Q, h, R = params
     apply = jax.vmap(lambda g, z, u: g(z) if inputs is None else g(z, u), (None, 0, 0))
     u = jnp.zeros((len(emissions), 0)) if inputs is None else inputs
+    seen = ~jnp.isnan(emissions)
+    emissions = jnp.where(seen, emissions, 1.0)
 
     def square(e, cov):
         return 0.5 * jnp.sum(e * jnp.linalg.solve(cov, e.T).T)
 
     def misfit(z):
         if isinstance(params, ParamsNLGSSM):
-            return square(residual(emissions, apply(h, z, u)), R)
-        return -jnp.sum(jax.vmap(lambda z, y: h(z).log_prob(y))(z, emissions))
+            return square(jnp.where(seen, residual(emissions, apply(h, z, u)), 0.0), R)
+        each = jax.vmap(lambda z, u, y: (h(z) if inputs is None else h(z, u)).log_prob(y))
+        densities = each(z, u, emissions)
+        return -jnp.sum(jnp.where(seen if densities.ndim == 2 else seen.all(1), densities, 0.0))
 
     def cost(z):
         return (

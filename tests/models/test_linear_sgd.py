@@ -56,6 +56,16 @@ def test_one_series_without_biases_and_with_variances():
     assert objective(fitted, emissions) < losses[-1] < losses[0]
 
 
+def test_loss_is_per_observed_entry(setup):
+    """Padding changes nothing."""
+    model, params, props = setup
+    padded = jnp.concatenate((walks(), jnp.full((3, 20, 2), jnp.nan)), axis=1)
+    options = {"batch_size": 3, "num_epochs": 2}
+    _, losses = model.fit_sgd(params, props, walks(), **options)
+    _, same = model.fit_sgd(params, props, padded, **options)
+    np.testing.assert_allclose(losses, same, rtol=1e-9)
+
+
 def test_frozen_parameters_pass_through_no_constraint(setup):
     """A singular covariance, and a function of t."""
     model, params, _ = setup

@@ -4,7 +4,6 @@ from typing import Any
 
 import dynamax.linear_gaussian_ssm as dynamax_models
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import optax
 from dynamax.linear_gaussian_ssm import ParamsLGSSM
@@ -17,7 +16,7 @@ from elkax.models.em_maximisation import maximise, trainable, varies
 from elkax.models.em_words import say_how_it_ended
 from elkax.models.expectation import expected_statistics
 from elkax.models.fitting import arrange, diffuse_states
-from elkax.models.sgd import ADAM, run_sgd
+from elkax.models.sgd import ADAM, Schedule, run_sgd
 from elkax.smoothers.initial import ExactDiffuse, Stationary
 from elkax.smoothers.prepare import check_count, is_concrete, prepare
 
@@ -195,7 +194,7 @@ class LearnedLinearGaussianSSM(dynamax_models.LinearGaussianSSM):
 
         Returns:
             The last parameters, or those at which the epoch with the least loss began if these are
-            better; and the negative log posterior per emission, averaged over each epoch. A
+            better; and the negative log posterior per observed entry, averaged over each epoch. A
             minibatch whose log posterior or gradient is not finite changes nothing; the loss of
             its epoch is not finite, and a warning says so.
 
@@ -204,7 +203,6 @@ class LearnedLinearGaussianSSM(dynamax_models.LinearGaussianSSM):
                 covariance, is to be learned.
             TypeError: on arrays without real numbers.
         """
-        check_count("batch_size", batch_size)
         fit = arrange(self, params, emissions, inputs)
         for group, name in sorted(trainable(fit.params, props)):
             if callable(getattr(getattr(params, group), name)):
@@ -212,8 +210,8 @@ class LearnedLinearGaussianSSM(dynamax_models.LinearGaussianSSM):
                     f"params.{group}.{name} is a function of t, which fit_sgd cannot learn: freeze "
                     f"it with props.{group}.{name}.trainable = False, or give an array over time"
                 )
-        key = jr.PRNGKey(0) if key is None else key
-        fitted, losses = run_sgd(fit, props, optimizer, batch_size, num_epochs, shuffle, key)
+        schedule = Schedule(optimizer, batch_size, num_epochs, shuffle, key)
+        fitted, losses = run_sgd(fit, props, schedule)
         return fit.restore(fitted), losses
 
     def _check_floor(

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Num
 from elkax.gaussian.factor import psd_cholesky
 from elkax.linearize import Linearizer, Taylor
 from elkax.linearize.emissions import Residual, call
-from elkax.models.learnable import as_learnable
-from elkax.models.sgd import ADAM, only_if_finite
+from elkax.models.nonlinear_sgd import fit_each
+from elkax.models.sgd import ADAM, Schedule
 from elkax.scan import Backend
 from elkax.smoothers import (
     Solution,
@@ -264,9 +264,12 @@ class NonlinearSSM(SSM):
             key: random key for that; dynamax's constant one if None.
 
         Returns:
-            The parameters, and the negative objective per emission, averaged over each epoch. A
-            minibatch whose gradient is not finite, as that of an iteration that did not converge,
-            changes nothing, and the loss of its epoch is NaN.
+            The last parameters, or those at which the best epoch began if these are better: more
+            sequences with a value, then the smaller loss. And the negative objective per observed
+            entry, averaged over each epoch. A sequence without a finite value or gradient, as one
+            whose iteration did not converge, is left out where that happens, of gradient and
+            loss; a warning says which, how often and why. A minibatch of none but such changes
+            nothing, and the loss of an epoch of none but such is NaN.
 
         Raises:
             ValueError: on shapes that do not fit the model, or properties that do not fit the
@@ -274,19 +277,14 @@ class NonlinearSSM(SSM):
             TypeError: on parameters of another type, or arrays that are not floating-point.
         """
         self._check(params, emissions, inputs, batch=True)
-        learnable, properties, restore = as_learnable(params, props)
-        fitted, losses = super().fit_sgd(
-            learnable,
-            properties,
+        return fit_each(
+            self,
+            params,
+            props,
             jnp.asarray(emissions),
             None if inputs is None else jnp.asarray(inputs),
-            only_if_finite(optimizer),
-            batch_size,
-            num_epochs,
-            shuffle,
-            **({} if key is None else {"key": key}),
+            Schedule(optimizer, batch_size, num_epochs, shuffle, key),
         )
-        return restore(fitted), losses
 
     @property
     def _strategy(self) -> dict[str, Any]:
