@@ -76,8 +76,8 @@ def evaluate_recurrence(
             $\epsilon^{1/3}$, or 100 times `tolerance` if that is more. Infinity for no bound. What
             is found one step after the other has a bound only if a number is given: it takes all
             Jacobians, the evaluation none.
-        gradient: `Implicit()`, `MatrixFree()` or `Unrolled()`; by default the first, for D > 16 and
-            a cell that does not state its structure the second.
+        gradient: `Implicit()`, `MatrixFree()` or `Unrolled()`; by default the first, for D > 16, a
+            cell that does not state its structure and a method that keeps less the second.
         on_failure: "report", or "sequential" to evaluate step by step if the iteration does not
             converge, or the error bound is above tolerance (under `vmap`, all sequences if that
             is so for one).

@@ -48,7 +48,7 @@ def evaluate_in_parallel(
         # The derivative of one step is not that of a block.
         kept = replace(kept, derivative=None)
     method = replace(plan.method, jacobian=kept)
-    plan = replace(plan, structure=flat_structure(plan.structure, unravel))
+    plan = plan.on_flat_states(unravel)
     moving = isinstance(plan.gradient, Unrolled)
     still = recurrence(*point) if moving else fixed
     coarse = coarsen(still, plan.block)

@@ -1,7 +1,6 @@
 """Evaluation of a recurrence one step after the other."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,7 +9,7 @@ from jaxtyping import Array
 
 from elkax.recurrences.audit import Audit, audit
 from elkax.recurrences.plan import Plan
-from elkax.recurrences.prepare import Arguments, flat_structure
+from elkax.recurrences.prepare import Arguments
 from elkax.recurrences.problem import Problem, leading
 from elkax.recurrences.solution import RecurrenceInfo, RecurrenceSolution
 from elkax.scan.fallback import where_sound
@@ -36,8 +35,9 @@ def evaluate_in_sequence(
     if plan.bounded:
         recurrence, point = problem.as_function()
         fixed = recurrence(*jax.lax.stop_gradient(point))
-        plan = replace(plan, structure=flat_structure(plan.structure, unravel))
-        found = audit(fixed, plan, tolerance, error_tolerance, states, status)
+        found = audit(
+            fixed, plan.on_flat_states(unravel), tolerance, error_tolerance, states, status
+        )
     info = RecurrenceInfo(
         status=found.status,
         iterations=none,
