@@ -7,6 +7,7 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 import elkax
 from elkax.recurrences.tangent import LARGE
@@ -91,3 +92,57 @@ def test_products_are_precise(options, function):
     assert len(products) >= 3
     for product in products:
         assert "precision = [HIGHEST, HIGHEST]" in product
+
+
+def dependent_steps(jaxpr):
+    """Turns of loops that wait for each other, of one iteration: loops of unknown length once.
+
+    A branch that takes all steps one after the other is where blocks have no summary; apart.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        params = equation.params
+        if equation.primitive.name == "custom_linear_solve":
+            params = {"solve": params["jaxprs"].solve}
+        inside = [dependent_steps(part) for part in jaxprs_in_params(params)]
+        match equation.primitive.name:
+            case "cond":
+                total += max((n for n in inside if n < LONG), default=LONG)
+            case "scan":
+                total += equation.params["length"] * max(1, *inside)
+            case _:
+                total += sum(inside)
+    return total
+
+
+LONG = 10_000
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Programs are traced as for a GPU."""
+    jax.clear_caches()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("size", [4, 20])
+@pytest.mark.parametrize("method", [None, "Jacobi", "Picard", "quasi-DEER", "DEER", "quasi-ELK"])
+def test_dependent_steps_on_a_gpu(gpu, method, size):
+    """Of an iteration and the bound, and of a gradient."""
+    problem = problems.gru(LONG, size=size)
+    options = {"method": method and problems.METHODS[method]}
+    forward, both = (
+        dependent_steps(jax.make_jaxpr(partial(function, **options))(*problem[:3]).jaxpr)
+        for function in (states, gradient)
+    )
+    print(f"D = {size}, {method}: iteration and bound {forward}, gradient {both - forward}")
+    assert 0 < forward <= 400 and 0 < both - forward <= 400
+
+
+def test_dependent_steps_would_be_seen(gpu):
+    problem = problems.gru(LONG, size=4)
+    options = {"method": elkax.DEER(), "window": 48}
+    jaxpr = jax.make_jaxpr(partial(states, **options))(*problem[:3]).jaxpr
+    assert dependent_steps(jaxpr) >= LONG

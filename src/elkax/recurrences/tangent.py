@@ -4,6 +4,7 @@ J is the whole Jacobian, whatever the iteration that found the trajectory keeps 
 and error bounds rest on these solutions.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from jaxtyping import Array, PyTree
 
 from elkax.linearize import Structure
 from elkax.recurrences.problem import Problem, shift, shift_back, sizes
-from elkax.scan import Backend, Sequential, choose
+from elkax.scan import Associative, Backend, Sequential, choose
 from elkax.scan.fallback import where_sound
 from elkax.smoothers.iteration import Progress, Status, Tolerance, iterate
 
@@ -48,6 +49,16 @@ class Course(NamedTuple):
         length, size = self.states.shape
         most = max(1, LARGE // size**2)
         return self if self.window or most >= length else self._replace(window=most)
+
+    def shallow(self) -> "Course":
+        """Return the same with fewest steps one after the other, if these are not the fastest.
+
+        Prefixes of many short blocks round more than others do.
+        """
+        length, size = self.states.shape
+        if self.backend or isinstance(_usual_backend(length, size), Sequential):
+            return self
+        return self._replace(backend=Associative(2 ** math.ceil(math.log2(length / 16))))
 
 
 @runtime_checkable
@@ -126,14 +137,15 @@ class Implicit:
 def _scan(course: Course, jacobian: Any, b: Array, start: Array, *, reverse: bool) -> Array:
     """Solve an affine recurrence, in parallel unless a summary of a block overflows."""
     solve = partial(course.exact.scan, jacobian, b, start, reverse=reverse)
-    backend = course.backend
-    if backend is None:
-        backend = choose(num_timesteps=len(b), state_dim=b.shape[1], recurrence="affine")
     found = solve(backend=course.backend)
-    if isinstance(backend, Sequential):
+    if isinstance(course.backend or _usual_backend(*b.shape), Sequential):
         return found
     finite = jnp.all(jnp.isfinite(found))
     return where_sound(finite, lambda: found, lambda: solve(backend=Sequential()))
+
+
+def _usual_backend(length: int, size: int) -> Backend:
+    return choose(num_timesteps=length, state_dim=size, recurrence="affine")
 
 
 def _by_windows(course: Course, part: Callable, b: Array, *, reverse: bool) -> Array:
@@ -184,9 +196,11 @@ class MatrixFree:
     def tangent(self, course: Course) -> Solve:
         """Iterate on the linearized recurrence; see `Gradient`."""
         jacobian = _kept_jacobian(course)
+        # What one iteration rounds the next corrects.
+        backend = course.shallow().backend
 
         def correct(b: Array) -> Array:
-            return course.kept.scan(jacobian, b, jnp.zeros_like(b[0]), backend=course.backend)
+            return course.kept.scan(jacobian, b, jnp.zeros_like(b[0]), backend=backend)
 
         apply = residual_map(course.problem, course.states)
         return partial(self._solve, apply, correct, shift, Implicit().tangent(course.saving()))
@@ -195,10 +209,11 @@ class MatrixFree:
         """Iterate on the adjoint equation; see `Gradient`."""
         later = course.kept.transpose(jax.tree.map(shift_back, _kept_jacobian(course)))
         forward = residual_map(course.problem, course.states)
+        backend = course.shallow().backend
 
         def correct(b: Array) -> Array:
             zero = jnp.zeros_like(b[0])
-            return course.kept.scan(later, b, zero, reverse=True, backend=course.backend)
+            return course.kept.scan(later, b, zero, reverse=True, backend=backend)
 
         def backward(g: Array) -> Array:
             return jax.linear_transpose(forward, g)(g)[0]
