@@ -9,11 +9,12 @@ from jaxtyping import ArrayLike, PyTree
 from elkax.recurrences.choice import choose_for
 from elkax.recurrences.guess import check_guess, first_guess
 from elkax.recurrences.in_parallel import evaluate_in_parallel
-from elkax.recurrences.in_sequence import evaluate_in_sequence
+from elkax.recurrences.in_sequence import evaluate_any_types, evaluate_in_sequence
 from elkax.recurrences.method import DEER, Method
 from elkax.recurrences.plan import make_plan
 from elkax.recurrences.prepare import Arguments, Cell, prepare
 from elkax.recurrences.solution import RecurrenceSolution
+from elkax.recurrences.state_types import join, separate
 from elkax.recurrences.tangent import Gradient, Unrolled
 from elkax.scan import Backend, Sequential
 from elkax.smoothers.prepare import check_backend
@@ -51,7 +52,9 @@ def evaluate_recurrence(
         cell: $f$, a pure function `(state, input) -> state`; states and inputs may be pytrees. Its
             attribute `jacobian_structure`, if it has one, is a structure that holds all of the
             Jacobian. What it closes over, or holds as a `jax.tree_util.Partial`, has derivatives.
-        initial_state: $s_0$, not part of the output; arrays of one floating-point type.
+        initial_state: $s_0$, not part of the output; arrays of one floating-point type, and of any
+            others (integers, flags, keys, complex numbers, another precision) whose update reads
+            none of these: they are found first, by one scan. `Sequential()` takes all types.
         inputs: $x_{1:T}$, leading axis T; None for a cell that takes none.
         num_timesteps: T, where `inputs` has no array.
         method: `DEER()`, `QuasiDEER()`, `ELK()`, `QuasiELK()`, `Jacobi()`, `Picard()`, another
@@ -92,8 +95,9 @@ def evaluate_recurrence(
         for full and diagonal structures, and O(T D^3) or O(T D) for the scan.
 
     Raises:
-        TypeError: on states of no or several floating-point types, a cell that changes the type,
-            and methods, gradients or backends that are none.
+        TypeError: on states of several types whose updates read each other where the method is not
+            `Sequential()`, a cell that changes the type, and methods, gradients or backends that
+            are none.
         ValueError: on T = 0, shapes that do not fit, a window longer than T.
 
     References:
@@ -146,16 +150,29 @@ def _dispatch(
     check_guess(arguments, guess)
     if not isinstance(method, Method | Sequential):
         raise TypeError(f"method must be an object such as elkax.DEER(), got {method!r}")
+    bounded = error_tolerance != float("inf")
+    if isinstance(method, Sequential):
+        bounded = bounded and error_tolerance is not None
+    if not arguments.has_one_type():
+        unbounded = isinstance(method, Sequential) and not bounded
+        separated = None if unbounded else separate(arguments)
+        if separated is None:
+            make_plan(arguments, DEER(), bounded=False, **options)
+            return evaluate_any_types(arguments)
+        if not (guess is None or isinstance(guess, Method | str)):
+            guess = separated.take(guess)
+        states, info = _dispatch(
+            separated.arguments, method, guess, reverse, tolerance, error_tolerance, options
+        )
+        return RecurrenceSolution(join(separated, arguments.initial, states), info)
     dtype = jax.tree.leaves(arguments.initial)[0].dtype
     eps = float(jnp.finfo(dtype).eps)
     tolerance = jnp.asarray(eps**0.75 if tolerance is None else tolerance, dtype)
     limit = jnp.maximum(eps ** (1 / 3), 100 * tolerance)
     if error_tolerance is not None:
         limit = jnp.asarray(error_tolerance, dtype)
-    bounded = error_tolerance != float("inf")
     if isinstance(method, Sequential):
         # The linear problems of the audit, where one is asked for, are those of Newton's method.
-        bounded = bounded and error_tolerance is not None
         plan = make_plan(arguments, DEER(), bounded=bounded, **options)
         return evaluate_in_sequence(arguments, tolerance, limit, plan=plan)
     plan = make_plan(arguments, method, bounded=bounded, **options)
