@@ -74,11 +74,12 @@ def evaluate_recurrence(
             and Jacobi across with `Jacobi()`, multiple shooting with `DEER()`).
         max_iters: most iterations; by default the number of unknown states, at most 1000.
         tolerance: largest relative residual of a converged trajectory; see `RecurrenceInfo`. By
-            default $\epsilon^{3/4}$ of the precision of the state.
+            default $\epsilon^{3/4}$ of the precision of the state, from where further Newton steps
+            are taken while each halves the residual (`info.corrections`).
         error_tolerance: largest error bound, relative to the states up to that time; by default
-            $\epsilon^{1/3}$, or 100 times `tolerance` if that is more. Infinity for no bound. What
-            is found one step after the other has a bound only if a number is given: it takes all
-            Jacobians, the evaluation none.
+            $\epsilon^{1/3}$, in float32 1e-3, or 100 times `tolerance` if that is more. Infinity
+            for no bound. What is found one step after the other has a bound only if a number is
+            given: it takes all Jacobians, the evaluation none.
         gradient: `Implicit()`, `MatrixFree()` or `Unrolled()`; by default the first, for D > 16, a
             cell that does not state its structure and a method that keeps less the second.
         on_failure: "report", or "sequential" to evaluate step by step if the iteration does not
@@ -167,14 +168,16 @@ def _dispatch(
         return RecurrenceSolution(join(separated, arguments.initial, states), info)
     dtype = jax.tree.leaves(arguments.initial)[0].dtype
     eps = float(jnp.finfo(dtype).eps)
+    refined = tolerance is None
     tolerance = jnp.asarray(eps**0.75 if tolerance is None else tolerance, dtype)
-    limit = jnp.maximum(eps ** (1 / 3), 100 * tolerance)
+    usual = eps ** (1 / 3)
+    limit = jnp.maximum(usual if eps > 1e-4 else min(usual, 1e-3), 100 * tolerance)
     if error_tolerance is not None:
         limit = jnp.asarray(error_tolerance, dtype)
     if isinstance(method, Sequential):
         # The linear problems of the audit, where one is asked for, are those of Newton's method.
         plan = make_plan(arguments, DEER(), bounded=bounded, **options)
         return evaluate_in_sequence(arguments, tolerance, limit, plan=plan)
-    plan = make_plan(arguments, method, bounded=bounded, **options)
+    plan = make_plan(arguments, method, bounded=bounded, refined=refined, **options)
     start = first_guess(arguments, guess, reverse, plan)
     return evaluate_in_parallel(arguments, start, tolerance, limit, plan=plan)

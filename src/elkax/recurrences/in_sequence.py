@@ -41,6 +41,7 @@ def evaluate_in_sequence(
     info = RecurrenceInfo(
         status=found.status,
         iterations=none,
+        corrections=none,
         sweeps=zero + 1,
         prefix=found.prefix,
         residual=found.residual,
@@ -70,6 +71,7 @@ def evaluate_any_types(arguments: Arguments) -> RecurrenceSolution:
     info = RecurrenceInfo(
         status=_status(finite),
         iterations=none,
+        corrections=none,
         sweeps=zero + 1,
         prefix=leading(finite),
         residual=zero,

@@ -36,6 +36,7 @@ class Plan:
     max_iters: int
     history: bool
     bounded: bool
+    refined: bool
     sequential_on_failure: bool
 
     def course(self, problem: Problem, states: Array) -> Course:
@@ -60,6 +61,7 @@ def make_plan(
     backend: Backend | None,
     history: bool,
     bounded: bool,
+    refined: bool = False,
 ) -> Plan:
     """Turn the options of `evaluate_recurrence` into a plan, and reject what cannot be.
 
@@ -115,5 +117,6 @@ def make_plan(
         max_iters=max_iters,
         history=history,
         bounded=bounded,
+        refined=refined,
         sequential_on_failure=on_failure == "sequential",
     )
