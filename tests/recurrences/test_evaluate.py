@@ -272,6 +272,30 @@ def test_float32():
     assert np.max(errors(solution.states, exact)) <= 5e-5
 
 
+@pytest.mark.parametrize("method", ["DEER", "quasi-DEER", "ELK"])
+def test_float32_goes_to_rounding(method):
+    """By default: what is left of a residual of 6e-6 goes, where another Newton step gains."""
+    rng = np.random.default_rng(1)
+    cell = Partial(
+        problems.rnn_step, *(jnp.asarray(x, jnp.float32) for x in problems.rnn().cell.args)
+    )
+    problem = Problem(
+        cell, jnp.zeros(4, "float32"), jnp.asarray(rng.normal(size=(T, 2)), "float32")
+    )
+    exact = problem.scan()
+    states, info = problem.evaluate(method=METHODS[method])
+    loose, before = problem.evaluate(
+        method=METHODS[method], tolerance=np.finfo("float32").eps ** 0.75
+    )
+    assert info.iterations == before.iterations and before.corrections == 0
+    assert 1 <= info.corrections <= 2 and before.residual > 1e-6 >= info.residual
+    gap = errors(states, exact)
+    assert np.all(gap <= info.error_bound) and np.max(gap) <= 0.2 * np.max(errors(loose, exact))
+    # A bound of 1e-3 is the least that is asked for.
+    assert info.status == elkax.Status.CONVERGED
+    assert np.max(info.error_bound) <= 1e-3
+
+
 @pytest.mark.parametrize(
     "dtype, method",
     [(jnp.bfloat16, "DEER"), (jnp.float16, "quasi-DEER")],

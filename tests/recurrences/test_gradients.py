@@ -190,6 +190,30 @@ def test_closed_over_parameters():
     check_close(got, reference("every step")[0].args)
 
 
+def choosing_step(u, kind, state, x):
+    drive = u @ state + x
+    return jnp.where(kind == 0, jnp.tanh(drive), jnp.sin(drive))
+
+
+@pytest.mark.parametrize("gradient", [elkax.Implicit(), elkax.MatrixFree()], ids=str)
+def test_whole_numbers_among_the_parameters(gradient):
+    """Traced ones, of a batch."""
+    rng = np.random.default_rng(12)
+    u, x = jnp.asarray(0.4 * rng.normal(size=(3, 3))), jnp.asarray(rng.normal(size=(T, 3)))
+
+    def slope(kind, **options):
+        def total(u):
+            cell = jax.tree_util.Partial(choosing_step, u, kind)
+            return loss(EVERY, cell, jnp.zeros(3), x, **options)
+
+        return jax.grad(total)(u)
+
+    kinds, method = jnp.arange(2), elkax.QuasiDEER()
+    options = {"method": method, "gradient": gradient, "tolerance": 1e-13}
+    got = jax.jit(jax.vmap(partial(slope, **options)))(kinds)
+    check_close(got, jax.jit(jax.vmap(partial(slope, reference=True)))(kinds))
+
+
 def test_batches_and_windows():
     """`vmap` of the gradient, in windows that do not divide T."""
     rng = np.random.default_rng(10)

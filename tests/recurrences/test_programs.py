@@ -7,13 +7,15 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 import elkax
+from elkax.recurrences.tangent import LARGE
 from recurrences import recurrence_problems as problems
 
 T, D = 50, 24
-# Matrix products in the cell, with weights (3, D, D).
-PROBLEM = problems.gru(T, size=D)
+# So many that their whole Jacobians are too many.
+MANY = 200_000
 
 
 def states(cell, state, inputs, **options):
@@ -28,8 +30,10 @@ def gradient(cell, state, inputs, **options):
 
 
 @cache
-def program(function, **options):
-    return jax.jit(partial(function, **options)).lower(*PROBLEM[:3]).as_text()
+def program(function, length=T, **options):
+    """Of a cell with matrix products, whose weights are (3, D, D)."""
+    problem = problems.gru(length, size=D)
+    return jax.jit(partial(function, **options)).lower(*problem[:3]).as_text()
 
 
 def largest(text):
@@ -46,17 +50,25 @@ WHOLE = WINDOWS | {"window": None}
 
 
 @pytest.mark.parametrize("function", [states, gradient], ids=["states", "gradient"])
-@pytest.mark.parametrize(
-    "options",
-    [DIAGONAL, DAMPED, WINDOWS, DAMPED_WINDOWS],
-    ids=["diagonal", "damped diagonal", "windows", "damped windows"],
-)
+@pytest.mark.parametrize("options", [WINDOWS, DAMPED_WINDOWS], ids=["undamped", "damped"])
 def test_no_whole_jacobians_of_all_steps(options, function):
-    """Diagonals come from one product with a vector at a time; windows keep 5 Jacobians.
+    """Windows keep 5 Jacobians.
 
-    The most are five trajectories side by side in the error bound, in pairs while they are carried.
+    The most are five trajectories side by side in the error bound.
     """
     assert T * D < largest(program(function, **options)) <= 2 * 5 * T * D < T * D * D
+
+
+@pytest.mark.parametrize("function", [states, gradient], ids=["states", "gradient"])
+@pytest.mark.parametrize("options", [DIAGONAL, DAMPED], ids=["diagonal", "damped diagonal"])
+def test_limited_memory_without_whole_jacobians(options, function):
+    """Diagonals come from one product with a vector at a time.
+
+    Where the iteration of a derivative does not arrive, so many Jacobians are kept as a limit
+    allows, and two gates of the cell beside them.
+    """
+    most = largest(program(function, MANY, **options))
+    assert MANY * D < most <= 2 * LARGE < MANY * D * D
 
 
 def test_whole_jacobians_would_be_seen():
@@ -80,3 +92,57 @@ def test_products_are_precise(options, function):
     assert len(products) >= 3
     for product in products:
         assert "precision = [HIGHEST, HIGHEST]" in product
+
+
+def dependent_steps(jaxpr):
+    """Turns of loops that wait for each other, of one iteration: loops of unknown length once.
+
+    A branch that takes all steps one after the other is where blocks have no summary; apart.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        params = equation.params
+        if equation.primitive.name == "custom_linear_solve":
+            params = {"solve": params["jaxprs"].solve}
+        inside = [dependent_steps(part) for part in jaxprs_in_params(params)]
+        match equation.primitive.name:
+            case "cond":
+                total += max((n for n in inside if n < LONG), default=LONG)
+            case "scan":
+                total += equation.params["length"] * max(1, *inside)
+            case _:
+                total += sum(inside)
+    return total
+
+
+LONG = 10_000
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Programs are traced as for a GPU."""
+    jax.clear_caches()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("size", [4, 20])
+@pytest.mark.parametrize("method", [None, "Jacobi", "Picard", "quasi-DEER", "DEER", "quasi-ELK"])
+def test_dependent_steps_on_a_gpu(gpu, method, size):
+    """Of an iteration and the bound, and of a gradient."""
+    problem = problems.gru(LONG, size=size)
+    options = {"method": method and problems.METHODS[method]}
+    forward, both = (
+        dependent_steps(jax.make_jaxpr(partial(function, **options))(*problem[:3]).jaxpr)
+        for function in (states, gradient)
+    )
+    print(f"D = {size}, {method}: iteration and bound {forward}, gradient {both - forward}")
+    assert 0 < forward <= 400 and 0 < both - forward <= 400
+
+
+def test_dependent_steps_would_be_seen(gpu):
+    problem = problems.gru(LONG, size=4)
+    options = {"method": elkax.DEER(), "window": 48}
+    jaxpr = jax.make_jaxpr(partial(states, **options))(*problem[:3]).jaxpr
+    assert dependent_steps(jaxpr) >= LONG

@@ -10,6 +10,7 @@ from elkax.linearize import Full, Structure
 from elkax.recurrences.method import DEER, Method, QuasiDEER
 from elkax.recurrences.prepare import Arguments, Cell, declared_structure, prepare
 from elkax.recurrences.problem import Problem
+from elkax.recurrences.state_types import separate
 from elkax.scan import Sequential
 
 # Up to this dimension a whole Jacobian costs less than the iterations that it saves.
@@ -71,7 +72,18 @@ def choose_method(
 
 def choose_for(arguments: Arguments, platform: str | None = None) -> Choice:
     """Name the method for checked arguments; whether they contract is tried if they are known."""
-    size = sum(leaf.size for leaf in jax.tree.leaves(arguments.initial))
+    leaves = jax.tree.leaves(arguments.initial)
+    if not arguments.has_one_type():
+        if (platform or jax.default_backend()) == "cpu":
+            return choose_method(num_timesteps=arguments.length, state_dim=1, platform="cpu")
+        try:
+            separated = separate(arguments)
+        except TypeError:
+            return Choice(Sequential(), "the types of the state depend on each other")
+        if separated is None:
+            return Choice(Sequential(), "no entry of the state is a real number")
+        return choose_for(separated.arguments, platform)
+    size = sum(leaf.size for leaf in leaves)
     choice = {
         "num_timesteps": arguments.length,
         "state_dim": size,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from elkax.linearize import Diagonal
-from elkax.recurrences.audit import audit
+from elkax.recurrences.audit import audit, audit_and_correct, to_rounding
 from elkax.recurrences.blocks import coarsen, refine
 from elkax.recurrences.in_sequence import give_way
 from elkax.recurrences.newton import advance
@@ -48,7 +48,7 @@ def evaluate_in_parallel(
         # The derivative of one step is not that of a block.
         kept = replace(kept, derivative=None)
     method = replace(plan.method, jacobian=kept)
-    plan = replace(plan, structure=flat_structure(plan.structure, unravel))
+    plan = plan.on_flat_states(unravel)
     moving = isinstance(plan.gradient, Unrolled)
     still = recurrence(*point) if moving else fixed
     coarse = coarsen(still, plan.block)
@@ -71,7 +71,13 @@ def evaluate_in_parallel(
     )
     states = refine(still, coarse, end.guess.whole())
     check = partial(audit, fixed, plan, tolerance, error_tolerance)
-    found = check(states, outcome.status)
+    corrections = jnp.asarray(0)
+    if plan.refined and plan.bounded and not moving:
+        correct = partial(audit_and_correct, *check.args)
+        states = jax.lax.stop_gradient(states)
+        states, found, corrections = to_rounding(correct, states, outcome.status)
+    else:
+        found = check(states, outcome.status)
     lost = (found.status == int(Status.NONFINITE)) & (jnp.arange(length) >= found.prefix)
     states = jnp.where(lost[:, None], jnp.nan, states)
     if plan.sequential_on_failure:
@@ -81,6 +87,7 @@ def evaluate_in_parallel(
     info = RecurrenceInfo(
         status=found.status,
         iterations=end.steps,
+        corrections=corrections,
         sweeps=end.evaluations * plan.block / length,
         prefix=found.prefix,
         residual=found.residual,

@@ -1,16 +1,15 @@
 """Evaluation of a recurrence one step after the other."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from elkax.recurrences.audit import Audit, audit
 from elkax.recurrences.plan import Plan
-from elkax.recurrences.prepare import Arguments, flat_structure
+from elkax.recurrences.prepare import Arguments, clean
 from elkax.recurrences.problem import Problem, leading
 from elkax.recurrences.solution import RecurrenceInfo, RecurrenceSolution
 from elkax.scan.fallback import where_sound
@@ -36,11 +35,13 @@ def evaluate_in_sequence(
     if plan.bounded:
         recurrence, point = problem.as_function()
         fixed = recurrence(*jax.lax.stop_gradient(point))
-        plan = replace(plan, structure=flat_structure(plan.structure, unravel))
-        found = audit(fixed, plan, tolerance, error_tolerance, states, status)
+        found = audit(
+            fixed, plan.on_flat_states(unravel), tolerance, error_tolerance, states, status
+        )
     info = RecurrenceInfo(
         status=found.status,
         iterations=none,
+        corrections=none,
         sweeps=zero + 1,
         prefix=found.prefix,
         residual=found.residual,
@@ -50,6 +51,40 @@ def evaluate_in_sequence(
         history=None,
     )
     return RecurrenceSolution(jax.vmap(unravel)(states), jax.lax.stop_gradient(info))
+
+
+@jax.jit
+def evaluate_any_types(arguments: Arguments) -> RecurrenceSolution:
+    """Evaluate a recurrence by `jax.lax.scan`, its state of any types."""
+
+    def step(state: PyTree, x: tuple) -> tuple[PyTree, PyTree]:
+        state = arguments.advance(state, *x)
+        return state, state
+
+    inputs = clean(arguments.inputs, arguments.valid), arguments.valid
+    states = jax.lax.scan(step, arguments.initial, inputs, arguments.length)[1]
+    finite = jnp.ones(arguments.length, bool)
+    for leaf in jax.tree.leaves(states):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            finite &= jnp.all(jnp.isfinite(leaf.reshape((arguments.length, -1))), axis=1)
+    zero, none = jnp.zeros(()), jnp.asarray(0)
+    info = RecurrenceInfo(
+        status=_status(finite),
+        iterations=none,
+        corrections=none,
+        sweeps=zero + 1,
+        prefix=leading(finite),
+        residual=zero,
+        error_bound=jnp.full(arguments.length, jnp.nan),
+        resets=none,
+        damping=zero,
+        history=None,
+    )
+    return RecurrenceSolution(states, info)
+
+
+def _status(finite: Array) -> Array:
+    return jnp.where(jnp.all(finite), int(Status.CONVERGED), int(Status.NONFINITE))
 
 
 def give_way(
@@ -76,5 +111,4 @@ def _run(problem: Problem) -> tuple[Array, Array, Array]:
     """Evaluate step by step: states, status, and how many of them are finite."""
     states = problem.run()
     finite = jnp.all(jnp.isfinite(states), axis=1)
-    status = jnp.where(jnp.all(finite), int(Status.CONVERGED), int(Status.NONFINITE))
-    return states, status, leading(finite)
+    return states, _status(finite), leading(finite)

@@ -1,14 +1,15 @@
 """How a recurrence is evaluated, from the options of a call."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from elkax.linearize import Dampable, Full, Structure, Zero
 from elkax.recurrences.method import Method
-from elkax.recurrences.prepare import Arguments, declared_structure
+from elkax.recurrences.prepare import Arguments, declared_structure, flat_structure
 from elkax.recurrences.problem import Problem
 from elkax.recurrences.tangent import Course, Gradient, Implicit, MatrixFree, Unrolled
 from elkax.scan import Backend
@@ -26,19 +27,26 @@ class Plan:
 
     method: Method
     gradient: Gradient | Unrolled
-    structure: Structure
+    exact: Structure
+    kept: Structure
+    window: int | None
     windows: tuple[int, ...]
     block: int
     backend: Backend | None
     max_iters: int
     history: bool
     bounded: bool
+    refined: bool
     sequential_on_failure: bool
 
     def course(self, problem: Problem, states: Array) -> Course:
         """Return how linear problems about a trajectory are solved."""
-        window = self.windows[0] * self.block
-        return Course(problem, states, self.structure, window, self.backend)
+        return Course(problem, states, self.exact, self.kept, self.window, self.backend)
+
+    def on_flat_states(self, unravel: Callable[[Array], PyTree]) -> "Plan":
+        """Return the plan for states that have been made flat."""
+        exact, kept = (flat_structure(each, unravel) for each in (self.exact, self.kept))
+        return replace(self, exact=exact, kept=kept)
 
 
 def make_plan(
@@ -53,6 +61,7 @@ def make_plan(
     backend: Backend | None,
     history: bool,
     bounded: bool,
+    refined: bool = False,
 ) -> Plan:
     """Turn the options of `evaluate_recurrence` into a plan, and reject what cannot be.
 
@@ -64,7 +73,9 @@ def make_plan(
     size = sum(leaf.size for leaf in jax.tree.leaves(arguments.initial))
     declared = declared_structure(arguments.cell)
     if gradient is None:
-        gradient = Implicit() if declared is not None or size <= SMALL else MatrixFree()
+        # Newton's method itself keeps whole Jacobians.
+        kept_anyway = declared is not None or size <= SMALL or isinstance(method.jacobian, Full)
+        gradient = Implicit() if kept_anyway else MatrixFree()
     if isinstance(gradient, type) or not isinstance(gradient, Gradient | Unrolled):
         raise TypeError(f"gradient must be an object such as elkax.Implicit(), got {gradient!r}")
     if window is not None:
@@ -97,12 +108,15 @@ def make_plan(
     return Plan(
         method=method,
         gradient=gradient,
-        structure=kept if isinstance(gradient, MatrixFree) else exact,
+        exact=exact,
+        kept=kept,
+        window=None if window is None else whole * block,
         windows=(WINDOW, unknown) if shortens else (whole,),
         block=block,
         backend=backend,
         max_iters=max_iters,
         history=history,
         bounded=bounded,
+        refined=refined,
         sequential_on_failure=on_failure == "sequential",
     )

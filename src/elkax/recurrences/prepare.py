@@ -41,22 +41,39 @@ class Arguments:
     valid: Array | None
     length: int
 
+    def has_one_type(self) -> bool:
+        """Tell whether the leaves of the state are of one floating-point type."""
+        types = {leaf.dtype for leaf in jax.tree.leaves(self.initial)}
+        return len(types) == 1 and jnp.issubdtype(next(iter(types)), jnp.floating)
+
+    def advance(self, state: PyTree, inputs: PyTree, valid: Array | None) -> PyTree:
+        """Take one step, in which the state stays unless it is valid (None: it is)."""
+        # In TF32, which a GPU would take by default, Newton's method does not converge.
+        with jax.default_matmul_precision("highest"):
+            new = self.cell(state, inputs)
+        if valid is None:
+            return new
+        return jax.tree.map(lambda a, b: jnp.where(valid, a, b), new, state)
+
     def flatten(self) -> tuple[Problem, Callable[[Array], PyTree]]:
         """Return the recurrence on flat states (D,), and what makes such a state a pytree again.
 
         An input of the flat step is an input of the cell, whether it exists (None if all do), and
         an empty array, so that there is one of leading length T.
         """
+        types = {str(leaf.dtype) for leaf in jax.tree.leaves(self.initial)}
+        if not self.has_one_type():
+            raise TypeError(
+                "initial_state must be a pytree of arrays of one floating-point type, got "
+                f"{sorted(types)}"
+            )
         flat, unravel = ravel_pytree(self.initial)
 
         def step(state: Array, x: PyTree) -> Array:
             inputs, valid, _ = x
-            # In TF32, which a GPU would take by default, Newton's method does not converge.
-            with jax.default_matmul_precision("highest"):
-                new = ravel_pytree(self.cell(unravel(state), inputs))[0]
-            return new if valid is None else jnp.where(valid, new, state)
+            return ravel_pytree(self.advance(unravel(state), inputs, valid))[0]
 
-        inputs = _clean(self.inputs, self.valid)
+        inputs = clean(self.inputs, self.valid)
         return Problem(step, flat, (inputs, self.valid, jnp.zeros((self.length, 0)))), unravel
 
     def turn_round(self) -> "Arguments":
@@ -75,8 +92,8 @@ def prepare(
     """Check a recurrence.
 
     Raises:
-        TypeError: on states that are not of one floating-point type, a cell that is not callable
-            or changes the type of the state.
+        TypeError: on a state without arrays, a cell that is not callable or changes the type of
+            the state.
         ValueError: on T = 0, lengths that differ, a cell that changes the shape of the state.
     """
     if not callable(cell):
@@ -84,12 +101,8 @@ def prepare(
     if not isinstance(cell, jax.tree_util.Partial):
         cell = jax.tree_util.Partial(cell)
     initial = jax.tree.map(jnp.asarray, initial_state)
-    types = {str(leaf.dtype) for leaf in jax.tree.leaves(initial)}
-    if len(types) != 1 or not jnp.issubdtype(jnp.dtype(next(iter(types))), jnp.floating):
-        raise TypeError(
-            "initial_state must be a pytree of arrays of one floating-point type, got "
-            f"{sorted(types) or 'no array'}"
-        )
+    if not jax.tree.leaves(initial):
+        raise TypeError(f"initial_state must be a pytree of arrays, got no array, {initial_state}")
     inputs = jax.tree.map(jnp.asarray, inputs)
     count = _count_steps(inputs, num_timesteps)
     first = jax.tree.map(lambda leaf: leaf[0], inputs)
@@ -119,6 +132,13 @@ def _check_output(output: Any, state: PyTree) -> None:
         return str(jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree))
 
     expected, got = jax.tree.structure(state), jax.tree.structure(output)
+    pair = isinstance(output, tuple) and len(output) == 2
+    if expected != got and pair and jax.tree.structure(output[0]) == expected:
+        raise ValueError(
+            "cell must return the new state alone, got a tuple whose first entry is one, as "
+            "jax.lax.scan takes it (carry, output): return the carry, and compute outputs from the "
+            "states that are found, by jax.vmap"
+        )
     same = expected == got and all(
         a.shape == b.shape
         for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(output), strict=True)
@@ -172,7 +192,7 @@ def flat_structure(structure: Structure, unravel: Callable[[Array], PyTree]) -> 
     return replace(structure, derivative=flat)
 
 
-def _clean(inputs: PyTree, valid: Array | None) -> PyTree:
+def clean(inputs: PyTree, valid: Array | None) -> PyTree:
     """Repeat the first input that exists in the padding, so that f is defined there."""
     if valid is None:
         return inputs

@@ -1,10 +1,11 @@
 """A recurrence with flat states, ready to be linearized."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, PyTree
 
@@ -35,12 +36,17 @@ class Problem(NamedTuple):
         These are what f closes over, $s_0$ and the inputs.
         """
         first = jax.tree.map(lambda leaf: leaf[0], self.inputs)
-        step, closed = jax.closure_convert(self.step, self.initial, first)
+        # Not `jax.closure_convert`, which leaves what is not real where it is closed over.
+        traced = jax.make_jaxpr(self.step)(self.initial, first)
+
+        def step(state: Array, x: PyTree, *closed: Any) -> Array:
+            function = jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, closed))
+            return function(state, *jax.tree.leaves(x))[0]
 
         def recurrence(closed: list, initial: Array, inputs: PyTree) -> Problem:
             return Problem(lambda state, x: step(state, x, *closed), initial, inputs)
 
-        return recurrence, (closed, self.initial, self.inputs)
+        return recurrence, (list(traced.consts), self.initial, self.inputs)
 
     def before(self, states: Array) -> Array:
         """Give the state before every step, (T, D), for states after them."""

@@ -14,8 +14,11 @@ class RecurrenceInfo(NamedTuple):
         status: a `Status` as an integer: 0 converged, 1 max_iters, 2 nonfinite, 3 stalled,
             4 ill_conditioned (the residual is within its tolerance, the error bound is not). States
             found one after the other are converged if they are finite.
-        iterations: number of linear problems solved, one scan each.
-        sweeps: evaluations of the cell, divided by T.
+        iterations: number of linear problems solved until the residuals were within tolerance, one
+            scan each.
+        corrections: number of Newton steps after them, by which residuals fell to rounding; they
+            are taken unless a `tolerance` is named or there is no bound.
+        sweeps: evaluations of the cell in the iterations, divided by T.
         prefix: number of states at the beginning that have converged.
         residual: largest entry of $|s_t - f(s_{t-1}, x_t)|$, relative to the largest entry of a
             state up to t.
@@ -31,6 +34,7 @@ class RecurrenceInfo(NamedTuple):
 
     status: Array
     iterations: Array
+    corrections: Array
     sweeps: Array
     prefix: Array
     residual: Array
