@@ -40,6 +40,10 @@ class ConstantDamping:
             strength = jnp.asarray(strength(jnp.arange(len(means))), means.dtype)[:, None]
         return jnp.broadcast_to(jnp.asarray(strength, means.dtype), means.shape)
 
+    def curved(self, control: None) -> bool:
+        """Tell that there are no second derivatives; see `Damping`."""
+        return False
+
     def judge(self, control: None, attempt: Attempt) -> Verdict:
         """Take every step; see `Damping`."""
         return Verdict(jnp.asarray(0), jnp.asarray(True), jnp.asarray(False), None)
@@ -74,6 +78,10 @@ class PrefixDamping:
     def precision(self, control: Array, means: Array) -> Array:
         r"""Return $\lambda$; see `Damping`."""
         return jnp.broadcast_to(jnp.where(control > self.smallest, control, 0.0), means.shape)
+
+    def curved(self, control: Array) -> bool:
+        """Tell that there are no second derivatives; see `Damping`."""
+        return False
 
     def judge(self, control: Array, attempt: Attempt) -> Verdict:
         """Take every step, and look at the tail; see `Damping`."""

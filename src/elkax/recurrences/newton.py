@@ -144,9 +144,15 @@ def _judge(
     attempt = Attempt(
         fall=(last.merit - merit)[None],
         predicted=(last.merit - last.expected)[None],
+        rival=jnp.full_like(merit, jnp.nan),
         rounding=256 * jnp.finfo(merit.dtype).eps * (1.0 + jnp.abs(merit)),
         violated=blown,
         length=jnp.zeros_like(merit),
+        # A recurrence has no posterior to measure a step in.
+        moved=jnp.zeros_like(merit),
+        size=jnp.full_like(merit, jnp.inf),
+        share=jnp.zeros_like(merit),
+        spread=jnp.ones_like(point.guess.states[0]),
     )
     verdict = damping.judge(last.control, attempt)
     first = point.steps == 0

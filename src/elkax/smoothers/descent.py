@@ -149,10 +149,9 @@ def advance(solver: Solver, point: Point) -> tuple[Point, Progress]:
         quiet = jnp.where(longer, point.quiet + 1, 0)
         hidden, stuck = quiet >= SETTLED, False
     fraction = jnp.asarray(damping.fractions, means.dtype)[taken]
+    moved_to = means + fraction * step
     new = Point(
-        jnp.where(
-            accepted, means + jnp.asarray(damping.fractions, means.dtype)[taken] * step, means
-        ),
+        jnp.where(accepted, moved_to, means),
         None if covs is None else jnp.where(accepted, smoothed.cov, covs),
         verdict.control,
         trial.penalty,
