@@ -61,7 +61,7 @@ from elkax.recurrences import (  # noqa: E402
     explain,
     lyapunov_exponent,
 )
-from elkax.scan import Associative, Blocked, Sequential, affine_scan  # noqa: E402
+from elkax.scan import Associative, Blocked, Sequential, linear_recurrence  # noqa: E402
 from elkax.smoothers import (  # noqa: E402
     DiffuseInitial,
     Disturbances,
@@ -156,7 +156,6 @@ __all__ = [
     "Unrolled",
     "Unscented",
     "Zero",
-    "affine_scan",
     "arma",
     "check_structure",
     "choose_method",
@@ -188,6 +187,7 @@ __all__ = [
     "lgssm_online_step",
     "lgssm_posterior_sample",
     "lgssm_smoother",
+    "linear_recurrence",
     "local_level",
     "local_linear_trend",
     "lyapunov_exponent",
