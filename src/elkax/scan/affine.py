@@ -79,9 +79,9 @@ class Restarted:
 
     def step(self, state: Array, x: Cut) -> tuple[Array, Array]:
         """Advance one step, from zero where it is a restart."""
-        x, cut = x
+        inner, cut = x
         cut, state = lanes.align(cut, 0, state, 1)
-        return self.inner.step(jnp.where(cut, 0, state), x)
+        return self.inner.step(jnp.where(cut, 0, state), inner)
 
     def identity(self, lane_shape: tuple[int, ...], dtype: DTypeLike) -> Cut:
         """Return an empty block, in which nothing is cut off."""
@@ -89,10 +89,10 @@ class Restarted:
 
     def combine(self, left: Cut, right: Cut) -> Cut:
         """Join two blocks; what stands before a restart is forgotten."""
-        (left, cut_left), (right, cut_right) = left, right
-        joined = self.inner.combine(left, right)
-        kept = jax.tree.map(lambda new, old: jnp.where(cut_right, new, old), right, joined)
-        return kept, cut_left | cut_right
+        (earlier, cut_earlier), (later, cut_later) = left, right
+        joined = self.inner.combine(earlier, later)
+        kept = jax.tree.map(lambda new, old: jnp.where(cut_later, new, old), later, joined)
+        return kept, cut_earlier | cut_later
 
     def absorb(self, summary: Cut, x: Cut) -> Cut:
         """Lengthen a block; one step is its own summary."""
