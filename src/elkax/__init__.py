@@ -9,7 +9,7 @@ import dynamax  # noqa: E402, F401
 jax.config.update("jax_default_matmul_precision", _precision)
 del _precision, dynamax, jax
 
-from elkax import datasets, scan  # noqa: E402
+from elkax import cells, datasets, scan  # noqa: E402
 from elkax.linearize import (  # noqa: E402
     BlockDiagonal,
     ClippedHessian,
@@ -157,6 +157,7 @@ __all__ = [
     "Unscented",
     "Zero",
     "arma",
+    "cells",
     "check_structure",
     "choose_method",
     "combine",

@@ -50,6 +50,16 @@ def diagonal_lstm(cell, p, state, x):
     return lstm(cell, whole, state, x)
 
 
+def lem(cell, p, state, x):
+    z, y = state.memory, state.hidden
+    W, V, b, dt = p.recurrent_weights, p.input_weights, p.bias, cell.time_step
+    step = dt * sigmoid(W[0] @ y + V[0] @ x + b[0])
+    other = dt * sigmoid(W[1] @ y + V[1] @ x + b[1])
+    z = (1 - step) * z + step * np.tanh(W[2] @ y + V[2] @ x + b[2])
+    y = (1 - other) * y + other * np.tanh(W[3] @ z + V[3] @ x + b[3])
+    return cells.StateLEM(memory=z, hidden=y), y
+
+
 def gilr(cell, p, h, x):
     g = sigmoid(p.input_weights[0] @ x + p.bias[0])
     i = np.tanh(p.input_weights[1] @ x + p.bias[1])
@@ -97,6 +107,22 @@ def min_lstm(cell, p, h, x):
     return h, h
 
 
+def rg_lru(cell, p, h, x):
+    u = x if cell.input_dim == cell.state_dim else p.input_weights @ x
+    r = sigmoid(p.gate_weights[0] @ u + p.bias[0])
+    i = sigmoid(p.gate_weights[1] @ u + p.bias[1])
+    a = sigmoid(p.decay_logit) ** (cell.sharpness * r)
+    h = a * h + np.sqrt(1 - a**2) * (i * u)
+    return h, h
+
+
+def diagonal_complex(cell, p, s, x):
+    B, C = (w[0] + 1j * w[1] for w in (p.input_weights, p.output_weights))
+    decay = np.exp(-np.exp(p.log_rate) + 1j * np.exp(p.log_phase))
+    s = decay * s + np.exp(p.log_gain) * (B @ x)
+    return s, (C @ s).real + p.skip_weights @ x
+
+
 STEPS = {
     cells.Linear: linear,
     cells.Elman: elman,
@@ -110,6 +136,9 @@ STEPS = {
     cells.QRNN: qrnn,
     cells.MinGRU: min_gru,
     cells.MinLSTM: min_lstm,
+    cells.LEM: lem,
+    cells.RGLRU: rg_lru,
+    cells.DiagonalComplex: diagonal_complex,
 }
 
 

@@ -79,6 +79,10 @@ def test_a_cell_that_is_none(wrong):
         (lambda: cells.GRU(2.0, 3), "input_dim must be an integer"),
         (lambda: cells.GRU(2, True), "state_dim must be an integer"),
         (lambda: cells.GRU(2, 3, reset="between"), 'reset must be "after" or "before"'),
+        (lambda: cells.RGLRU(2, 3, sharpness=0.0), "sharpness must be positive, got 0.0"),
+        (lambda: cells.DiagonalComplex(2, 3, least=0.9, most=0.8), "least and most .* 0.9 and 0.8"),
+        (lambda: cells.DiagonalComplex(2, 3, phase=0.0), "phase must be positive, got 0.0"),
+        (lambda: cells.DiagonalComplex(2, 3, output_dim=0), "output_dim must be an integer"),
         (lambda: cells.QRNN(2, 3, width=0), "width must be an integer of at least 1"),
     ],
 )

@@ -23,6 +23,7 @@ CELLS = {
     "diagonal GRU": cells.DiagonalGRU(U, D),
     "LSTM": cells.LSTM(U, D),
     "diagonal LSTM": cells.DiagonalLSTM(U, D),
+    "LEM": cells.LEM(U, D, time_step=0.7),
     "GILR": cells.GILR(U, D),
     "GILR-LSTM": cells.GILRLSTM(U, D),
     "SRU": cells.SRU(U, D),
@@ -32,6 +33,10 @@ CELLS = {
     "QRNN, k = 4": cells.QRNN(U, D, width=4),
     "minGRU": cells.MinGRU(U, D),
     "minLSTM": cells.MinLSTM(U, D),
+    "RG-LRU": cells.RGLRU(U, D),
+    "RG-LRU, U = D": cells.RGLRU(D, D, sharpness=4.0),
+    "diagonal complex": cells.DiagonalComplex(U, D),
+    "diagonal complex, one output": cells.DiagonalComplex(U, D, output_dim=1),
 }
 LINEAR = [name for name, cell in CELLS.items() if isinstance(cell, cells.LinearCell)]
 NONLINEAR = [name for name in CELLS if name not in LINEAR]
@@ -113,7 +118,8 @@ def test_one_step_without_inputs(name):
 @partial(jax.jit, static_argnums=0)
 def derivatives(function, *arguments):
     def loss(*arguments):
-        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(function(*arguments)))
+        leaves = jax.tree.leaves(function(*arguments))
+        return sum(jnp.sum(jnp.sin(leaf.real) + jnp.cos(leaf.imag)) for leaf in leaves)
 
     along = jax.tree.map(jnp.cos, arguments)
     return jax.grad(loss, (0, 1, 2))(*arguments), jax.jvp(function, arguments, along)
@@ -151,9 +157,15 @@ def test_derivatives_equal_those_of_lax_scan(name, reverse):
 def test_float32(name):
     """Nine steps of numbers of order one: twenty roundings."""
     cell, *numbers, inputs = problem(name)
-    params, start = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), numbers)
+
+    def short(leaf):
+        return jnp.asarray(leaf, jnp.complex64 if jnp.iscomplexobj(leaf) else jnp.float32)
+
+    params, start = jax.tree.map(short, numbers)
     got = cells.run(cell, params, inputs[0], start)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(got[:3]))
+    assert all(
+        leaf.dtype.itemsize == 4 * (1 + jnp.iscomplexobj(leaf)) for leaf in jax.tree.leaves(got[:3])
+    )
     outputs, states = oracles.loop(cell, numbers[0], inputs[0], numbers[1])
     close((got.outputs, got.states), (np.stack(outputs), stacked(states)), 20 * 1.2e-7)
 
@@ -167,6 +179,19 @@ def test_methods(name):
     assert int(one.info.status) == elkax.Status.CONVERGED
     assert 0 < int(one.info.iterations) <= (1 if name == "Linear" else T)
     close(one[:3], two[:3], 1e-10)
+
+
+@pytest.mark.parametrize("name", ["GRU", "diagonal LSTM"])
+def test_derivatives_of_what_newton_finds(name):
+    cell, params, start, inputs = problem(name)
+
+    def states(method, params, inputs, start):
+        return cells.run(cell, params, inputs, start, RESETS[3], 7, True, method)[:3]
+
+    arguments = params, jnp.asarray(inputs[0]), start
+    methods = (elkax.DEER(), elkax.Sequential())
+    one, two = (derivatives(partial(states, method), *arguments) for method in methods)
+    close(one, two, 1e-10)
 
 
 @pytest.mark.parametrize("name", STATED)
