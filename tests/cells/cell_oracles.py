@@ -1,9 +1,34 @@
-"""Steps of cells in NumPy, from the equations of their papers, and loops over them."""
+"""All cells, their steps in NumPy from the equations of the papers, and loops over these."""
 
 import jax
 import numpy as np
 
 from elkax import cells
+
+U, D = 2, 3
+CELLS = {
+    "Linear": cells.Linear(U, D),
+    "Elman": cells.Elman(U, D),
+    "GRU": cells.GRU(U, D),
+    "GRU, reset before": cells.GRU(U, D, reset="before"),
+    "diagonal GRU": cells.DiagonalGRU(U, D),
+    "LSTM": cells.LSTM(U, D),
+    "diagonal LSTM": cells.DiagonalLSTM(U, D),
+    "LEM": cells.LEM(U, D, time_step=0.7),
+    "GILR": cells.GILR(U, D),
+    "GILR-LSTM": cells.GILRLSTM(U, D),
+    "SRU": cells.SRU(U, D),
+    "SRU, U = D": cells.SRU(D, D),
+    "QRNN": cells.QRNN(U, D),
+    "QRNN, k = 1": cells.QRNN(U, D, width=1),
+    "QRNN, k = 4": cells.QRNN(U, D, width=4),
+    "minGRU": cells.MinGRU(U, D),
+    "minLSTM": cells.MinLSTM(U, D),
+    "RG-LRU": cells.RGLRU(U, D),
+    "RG-LRU, U = D": cells.RGLRU(D, D, sharpness=4.0),
+    "diagonal complex": cells.DiagonalComplex(U, D),
+    "diagonal complex, one output": cells.DiagonalComplex(U, D, output_dim=1),
+}
 
 
 def sigmoid(x):

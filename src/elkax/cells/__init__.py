@@ -14,6 +14,7 @@ from elkax.cells.qrnn import QRNN, ParamsQRNN, StateQRNN
 from elkax.cells.rg_lru import RGLRU, ParamsRGLRU
 from elkax.cells.run import CellRun, run
 from elkax.cells.sru import SRU, ParamsSRU
+from elkax.cells.storage import load, save
 from elkax.cells.timeline import Timeline
 
 __all__ = [
@@ -57,5 +58,7 @@ __all__ = [
     "Timeline",
     "from_flax",
     "from_torch",
+    "load",
     "run",
+    "save",
 ]

@@ -142,3 +142,21 @@ def check_size(name: str, value: int, least: int) -> None:
     """Raise ValueError unless a size is an integer that is not too small."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_params(cell: Cell, params: Params) -> None:
+    """Raise ValueError unless parameters are like those that the cell would draw."""
+    like = jax.eval_shape(cell.initialize, jax.random.key(0))
+    if jax.tree.structure(params) != jax.tree.structure(like):
+        raise ValueError(
+            f"params must be like those of {cell}, {jax.tree.structure(like)}, got "
+            f"{jax.tree.structure(params)}"
+        )
+    for (path, leaf), expected in zip(
+        jax.tree.leaves_with_path(params), jax.tree.leaves(like), strict=True
+    ):
+        if jnp.shape(leaf) != expected.shape:
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} must be {expected.shape} for {cell}, got "
+                f"{jnp.shape(leaf)}"
+            )

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree
 
 from elkax.cells.nonlinear import evaluate
-from elkax.cells.protocol import Cell, LinearCell, ReadCell
+from elkax.cells.protocol import Cell, LinearCell, ReadCell, check_params
 from elkax.cells.timeline import Timeline
 from elkax.recurrences import Method, RecurrenceInfo
 from elkax.recurrences.problem import leading
@@ -98,7 +98,7 @@ def run(
 @partial(jax.jit, static_argnames=("cell", "reverse", "method"))
 def _run(params: Any, inputs: Array, *arguments: Any, **options: Any) -> CellRun:
     """Run a cell over one sequence or a batch of them."""
-    _check_params(options["cell"], params)
+    check_params(options["cell"], params)
     one = partial(_one, params, **options)
     return (one if inputs.ndim == 2 else jax.vmap(one))(inputs, *arguments)
 
@@ -154,24 +154,6 @@ def _info(states: PyTree, timeline: Timeline) -> RecurrenceInfo:
         damping=zero,
         history=None,
     )
-
-
-def _check_params(cell: Cell, params: Any) -> None:
-    """Compare parameters with those that the cell would draw."""
-    like = jax.eval_shape(cell.initialize, jax.random.key(0))
-    if jax.tree.structure(params) != jax.tree.structure(like):
-        raise ValueError(
-            f"params must be like those of {cell}, {jax.tree.structure(like)}, got "
-            f"{jax.tree.structure(params)}"
-        )
-    for (path, leaf), expected in zip(
-        jax.tree.leaves_with_path(params), jax.tree.leaves(like), strict=True
-    ):
-        if jnp.shape(leaf) != expected.shape:
-            raise ValueError(
-                f"params{jax.tree_util.keystr(path)} must be {expected.shape} for {cell}, got "
-                f"{jnp.shape(leaf)}"
-            )
 
 
 def _start(own: PyTree, given: PyTree, lead: tuple[int, ...]) -> PyTree:
