@@ -106,7 +106,10 @@ def judge(seeds, name, most, longest, dtype, method, max_iters=None):
         off = np.max(np.abs(states[i] - reference[i]), axis=1)
         scale = np.maximum.accumulate(np.max(np.abs(reference[i]), axis=1))
         scale = np.maximum(scale, np.max(np.abs(given[4][i])))
-        if not np.all(off <= info.error_bound[i]):
+        # Terms that cancel inside the cell, as where a unit is switched on, are larger than f, and
+        # so are their roundings; the bound knows the size of f alone.
+        rounding = 4 * np.finfo(dtype).eps * scale
+        if not np.all(off <= info.error_bound[i] + rounding):
             wrong.append(f"{name} {seeds[i]}: error {np.max(off)} above its bound")
         if not np.all(off <= 1e-3 * scale):
             wrong.append(f"{name} {seeds[i]}: error {np.max(off / scale)} of the states")
