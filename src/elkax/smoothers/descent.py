@@ -135,7 +135,7 @@ def advance(solver: Solver, point: Point) -> tuple[Point, Progress]:
     finite = jnp.isfinite(cost) & jnp.all(jnp.isfinite(linearized.model.weights))
     accepted = (verdict.accepted if covs is None else jnp.all(jnp.isfinite(step))) & finite
     fall = jnp.where(accepted, trial.fall[taken], 0.0)
-    longer = size >= 0.95 * point.step
+    longer = size >= 0.999 * point.step
     if covs is None:
         # What an undamped step would bring; slow convergence still shrinks it, rounding does not.
         worth = (1.0 + share) * jnp.abs(trial.predicted[0])
