@@ -180,7 +180,7 @@ def _filtered(model: Model, form: Form, backend: Backend | None) -> Inference:
     size = mean.shape[-1]
     value = value + log_rotation(unknown[-1], jnp.asarray(model.unknown))
     past = Moments(mean, cov, jax.lax.stop_gradient(unknown[:, :size]))
-    return Inference(value, past, Moments(mean, cov, never_seen(unknown, size)))
+    return Inference(value, past, Moments(mean, cov, never_seen(unknown, jnp.asarray(model.age))))
 
 
 @partial(jax.jit, static_argnames=("form", "backend"))

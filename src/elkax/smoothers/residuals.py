@@ -103,7 +103,7 @@ def _innovations(problem: Problem, *, form: Form, backend: Backend | None) -> In
         size = mean.shape[-1]
         later = jax.vmap(propagate, in_axes=(0 if weights.ndim == 3 else None, 0))
         earlier = jnp.asarray(filtered.unknown)[:-1]
-        unknown = jnp.concatenate((model.unknown[None], later(weights, earlier)))[:, :size]
+        unknown = jnp.concatenate((model.unknown[None], later(weights, earlier)[0]))[:, :size]
     states = Moments(
         jnp.concatenate((model.initial_mean[None], mean)),
         jnp.concatenate((model.initial_cov[None], cov)),
