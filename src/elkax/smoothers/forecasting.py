@@ -88,7 +88,7 @@ def smoothed_emissions(
 
     Arguments and errors as `lgssm_smoother`, and what is undetermined as in `emission_moments`.
     """
-    problem, stored = setup(params, emissions, inputs, **options)
+    problem, stored = setup(params, emissions, inputs, smoothing=True, **options)
     found = infer_smoothed(problem.model, problem.finite, form=stored, backend=options["backend"])
     return _of_emissions(problem, found.smoothed)
 

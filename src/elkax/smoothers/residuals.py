@@ -143,7 +143,14 @@ def lgssm_disturbances(
         Koopman (1993), Biometrika 80(1); Durbin & Koopman (2012), Sec. 4.5.
     """
     problem, stored = setup(
-        params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
+        params,
+        emissions,
+        inputs,
+        backend=backend,
+        form=form,
+        initial=initial,
+        length=length,
+        smoothing=True,
     )
     options = {"form": stored, "backend": backend}
     smoothed = infer_smoothed(problem.model, problem.finite, **options).smoothed
