@@ -297,6 +297,15 @@ class KalmanFilter:
         """Tell whether the block's innovation covariances were nonsingular."""
         return summary.sound if self.form.exact_entries else True
 
+    def determined(self, state: State) -> Array | bool:
+        """Tell whether the factor of the covariance is unique, which the turns are told in."""
+        if not self.turning:
+            return True
+        factor = jnp.moveaxis(lanes.halves(state.cov)[0], (0, 1), (-2, -1))
+        pivots = jnp.abs(jnp.diagonal(factor, axis1=-2, axis2=-1))
+        least = jnp.finfo(factor.dtype).eps ** 0.75 * jnp.linalg.norm(factor, axis=-1)
+        return jnp.all(pivots > least, axis=-1)
+
     def predict(self, model: Model, state: State) -> State:
         """Predict one step; before the first one the state is exactly zero."""
         return self._predict(model, state)[0]
