@@ -9,7 +9,7 @@ import dynamax  # noqa: E402, F401
 jax.config.update("jax_default_matmul_precision", _precision)
 del _precision, dynamax, jax
 
-from elkax import datasets, scan  # noqa: E402
+from elkax import cells, datasets, scan  # noqa: E402
 from elkax.linearize import (  # noqa: E402
     BlockDiagonal,
     ClippedHessian,
@@ -61,7 +61,7 @@ from elkax.recurrences import (  # noqa: E402
     explain,
     lyapunov_exponent,
 )
-from elkax.scan import Associative, Blocked, Sequential, affine_scan  # noqa: E402
+from elkax.scan import Associative, Blocked, Sequential, linear_recurrence  # noqa: E402
 from elkax.smoothers import (  # noqa: E402
     DiffuseInitial,
     Disturbances,
@@ -156,8 +156,8 @@ __all__ = [
     "Unrolled",
     "Unscented",
     "Zero",
-    "affine_scan",
     "arma",
+    "cells",
     "check_structure",
     "choose_method",
     "combine",
@@ -188,6 +188,7 @@ __all__ = [
     "lgssm_online_step",
     "lgssm_posterior_sample",
     "lgssm_smoother",
+    "linear_recurrence",
     "local_level",
     "local_linear_trend",
     "lyapunov_exponent",

@@ -13,7 +13,7 @@ from elkax.gaussian.markov import GaussMarkov, Transition
 from elkax.gaussian.model import constant_part, over_time
 from elkax.gaussian.square_root import Turn
 from elkax.gaussian.whitened import After, Whitened
-from elkax.scan import Affine
+from elkax.scan import Affine, Restarted
 
 
 class Case(NamedTuple):
@@ -38,6 +38,13 @@ def affine(length, *, diagonal):
     weights = rng.uniform(-0.9, 0.9, (length, 3)) if diagonal else _stable(rng, length, 3)
     xs = jnp.asarray(weights), jnp.asarray(rng.normal(size=(length, 3)))
     return Case(Affine(3, diagonal), jnp.asarray(rng.normal(size=3)), xs)
+
+
+def restarted(length, *, diagonal):
+    """Steps that start anew from zero among those of the affine case."""
+    case = affine(length, diagonal=diagonal)
+    cuts = jnp.asarray(np.random.default_rng(7).uniform(size=length) < 0.1)
+    return Case(Restarted(case.scannable), case.state, (case.xs, cuts))
 
 
 def gauss_markov(length, *, form):
@@ -133,6 +140,8 @@ COVARIANCE, SQUARE_ROOT = Covariance(exact_entries=False), SquareRoot(exact_entr
 CASES = {
     "affine dense": lambda length: affine(length, diagonal=False),
     "affine diagonal": lambda length: affine(length, diagonal=True),
+    "restarted dense": lambda length: restarted(length, diagonal=False),
+    "restarted diagonal": lambda length: restarted(length, diagonal=True),
     "gauss-markov covariance": lambda length: gauss_markov(length, form=Covariance()),
     "gauss-markov square root": lambda length: gauss_markov(length, form=SquareRoot()),
     "kalman covariance": lambda length: kalman(length, form=COVARIANCE),

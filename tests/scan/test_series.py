@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elkax.scan import Blocked, Sequential, affine_scan, choice, choose
+from elkax.scan import Blocked, Sequential, choice, choose, linear_recurrence
 
 T, D, SERIES = 5, 3, 4
 AXES = {
@@ -50,7 +50,7 @@ def one(x, axis, i):
 def test_batch_equals_one_at_a_time(which, diagonal, reverse, backend):
     axes = AXES[which]
     given = arguments(axes, diagonal=diagonal)
-    scan = partial(affine_scan, reverse=reverse, backend=backend)
+    scan = partial(linear_recurrence, reverse=reverse, backend=backend)
     together = jax.jit(jax.vmap(scan, in_axes=axes))(*given)
     for i in range(SERIES):
         alone = scan(*(one(x, axis, i) for x, axis in zip(given, axes, strict=True)))
@@ -64,7 +64,7 @@ def test_derivatives_of_a_batch(which):
     given = arguments(axes, diagonal=False)
 
     def loss(*args):
-        return jnp.sum(jnp.sin(affine_scan(*args)))
+        return jnp.sum(jnp.sin(linear_recurrence(*args)))
 
     everyone = jax.vmap(loss, in_axes=axes)
     every = range(SERIES)

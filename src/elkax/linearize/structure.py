@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jaxtyping import Array, PyTree
 
-from elkax.scan import Backend, affine_scan
+from elkax.scan import Backend, linear_recurrence
 
 # (state (D,), input) to the next state (D,).
 Step = Callable[[Array, PyTree], Array]
@@ -54,7 +54,7 @@ class Structure(Protocol):
         reverse: bool = False,
         backend: Backend | None = None,
     ) -> Array:
-        r"""Solve $\delta_t = A_t\delta_{t-1} + b_t$ from $\delta_0$ `start`; see `affine_scan`."""
+        r"""Solve $\delta_t = A_t\delta_{t-1} + b_t$ from $\delta_0$: `linear_recurrence`."""
         ...
 
 
@@ -91,7 +91,7 @@ def pushforward(step: Step, states: Array, inputs: PyTree) -> tuple[Array, Calla
 
 
 class Scanned:
-    """What structures have in common whose Jacobians `affine_scan` takes, (T, D) or (T, D, D)."""
+    """Structures whose Jacobians `linear_recurrence` takes, (T, D) or (T, D, D)."""
 
     def scan(
         self,
@@ -103,7 +103,7 @@ class Scanned:
         backend: Backend | None = None,
     ) -> Array:
         """Solve the affine recurrence; see `Structure`."""
-        return affine_scan(jacobian, offset, start, reverse=reverse, backend=backend)
+        return linear_recurrence(jacobian, offset, start, reverse=reverse, backend=backend)
 
 
 class Entrywise(Scanned):

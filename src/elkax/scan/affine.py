@@ -1,4 +1,4 @@
-"""Affine recurrences, dense and diagonal."""
+"""Affine recurrences as `Scannable`s, dense and diagonal, with and without restarts."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -6,11 +6,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool
 
 from elkax.scan import lanes
-from elkax.scan.choice import run
-from elkax.scan.protocol import Backend
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["size", "diagonal"])
@@ -62,69 +60,48 @@ class Affine:
         return True
 
 
-def affine_scan(
-    transition: Float[Array, "..."],
-    offset: Float[Array, "T D"],
-    initial_state: Float[Array, " D"] | None = None,
-    *,
-    reverse: bool = False,
-    backend: Backend | None = None,
-) -> Float[Array, "T D"]:
-    r"""Evaluate $h_t = A_t h_{t-1} + b_t$ for $t = 1, \dots, T$.
+Cut = tuple[tuple[Array, Array], Bool[Array, "..."]]
 
-    Differentiable in every argument, forward and reverse; the derivative of an affine recurrence
-    is again one: $\bar h_t = A_{t+1}^\top \bar h_{t+1} + \partial L/\partial h_t$,
-    $\partial L/\partial A_t = \bar h_t h_{t-1}^\top$.
+
+@partial(jax.tree_util.register_dataclass, data_fields=["inner"], meta_fields=[])
+@dataclass(frozen=True)
+class Restarted:
+    r"""An affine recurrence that begins anew from zero before some steps.
+
+    Inputs and summaries are those of the recurrence, and whether something before them is cut off.
+    Multiplied by zero instead, what is not finite would stay.
 
     Args:
-        transition: $A_t$: (T, D, D) dense or (T, D) diagonal.
-        offset: $b_t$.
-        initial_state: $h_0$, not part of the output; zero if None.
-        reverse: run from the last entry to the first, $h_t = A_t h_{t+1} + b_t$ with
-            `initial_state` as $h_{T+1}$.
-        backend: how to run it; chosen by `elkax.scan.choose` if None.
-
-    Returns:
-        $h_{1:T}$. Cost O(T D^2) dense and O(T D) diagonal with the sequential backend.
-
-    Raises:
-        ValueError: on shapes that do not fit, or T = 0.
-
-    References:
-        Martin & Cundy (2018), arXiv:1709.04057.
+        inner: the recurrence.
     """
-    length, size = offset.shape
-    diagonal = transition.ndim == 2
-    expected = (length, size) if diagonal else (length, size, size)
-    if transition.shape != expected:
-        raise ValueError(
-            f"transition must be (T, D, D) or (T, D) with T = {length}, D = {size} from offset, "
-            f"got {transition.shape}"
-        )
-    if initial_state is None:
-        initial_state = jnp.zeros(size, offset.dtype)
-    if initial_state.shape != (size,):
-        raise ValueError(f"initial_state must be ({size},), got {initial_state.shape}")
-    dtype = jnp.result_type(transition, offset, initial_state)
-    transition, offset, initial_state = jax.tree.map(
-        lambda leaf: leaf.astype(dtype), (transition, offset, initial_state)
-    )
-    return _affine_scan(transition, offset, initial_state, reverse=reverse, backend=backend)
 
+    inner: Affine
 
-@partial(jax.jit, static_argnames=("reverse", "backend"))
-def _affine_scan(
-    transition: Array, offset: Array, start: Array, *, reverse: bool, backend: Backend | None
-) -> Array:
-    size = start.shape[0]
-    recurrence = Affine(size, diagonal=transition.ndim == 2)
-    xs = transition, offset
-    return run(
-        recurrence,
-        start,
-        xs,
-        backend=backend,
-        state_dim=size,
-        recurrence="affine",
-        reverse=reverse,
-    )[1]
+    def step(self, state: Array, x: Cut) -> tuple[Array, Array]:
+        """Advance one step, from zero where it is a restart."""
+        inner, cut = x
+        cut, state = lanes.align(cut, 0, state, 1)
+        return self.inner.step(jnp.where(cut, 0, state), inner)
+
+    def identity(self, lane_shape: tuple[int, ...], dtype: DTypeLike) -> Cut:
+        """Return an empty block, in which nothing is cut off."""
+        return self.inner.identity(lane_shape, dtype), jnp.zeros(lane_shape, bool)
+
+    def combine(self, left: Cut, right: Cut) -> Cut:
+        """Join two blocks; what stands before a restart is forgotten."""
+        (earlier, cut_earlier), (later, cut_later) = left, right
+        joined = self.inner.combine(earlier, later)
+        kept = jax.tree.map(lambda new, old: jnp.where(cut_later, new, old), later, joined)
+        return kept, cut_earlier | cut_later
+
+    def absorb(self, summary: Cut, x: Cut) -> Cut:
+        """Lengthen a block; one step is its own summary."""
+        return self.combine(summary, x)
+
+    def apply(self, summary: Cut, state: Array) -> Array:
+        """Jump over a block."""
+        return self.step(state, summary)[0]
+
+    def sound(self, summary: Cut) -> bool:
+        """Every block has a summary."""
+        return True

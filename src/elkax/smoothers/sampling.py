@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, PRNGKeyArray, UInt32
 from elkax.gaussian import Form, Model
 from elkax.gaussian.decorrelation import uncorrelate
 from elkax.gaussian.factor import psd_cholesky
-from elkax.scan import Backend, affine_scan
+from elkax.scan import Backend, linear_recurrence
 from elkax.scan.lanes import from_lanes, matvec, to_lanes
 from elkax.smoothers.linear import Initial, filter_and_smooth, setup, smooth_effects, unseen_states
 from elkax.smoothers.prepare import Problem, check_backend, check_count, is_concrete
@@ -29,7 +29,7 @@ def sample_states(key: Key, model: Model, backend: Backend | None) -> Array:
     steps = from_lanes(matvec(noise, to_lanes(draws))) + model.offset
     start = model.initial_mean + matvec(psd_cholesky(model.initial_cov), draws[0])
     weights = jnp.broadcast_to(model.weights, (length, size, size)).at[0].set(0.0)
-    return affine_scan(weights, steps.at[0].set(start), backend=backend)
+    return linear_recurrence(weights, steps.at[0].set(start), backend=backend)
 
 
 def lgssm_joint_sample(
