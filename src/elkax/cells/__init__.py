@@ -1,5 +1,6 @@
 """Recurrent cells, linear and nonlinear, and how to run them over sequences."""
 
+from elkax.cells.convert import from_flax, from_torch
 from elkax.cells.diagonal_complex import DiagonalComplex, ParamsDiagonalComplex
 from elkax.cells.elman import Elman, ParamsElman
 from elkax.cells.gilr import GILR, GILRLSTM, ParamsGILR, ParamsGILRLSTM, StateGILRLSTM
@@ -54,5 +55,7 @@ __all__ = [
     "StateLSTM",
     "StateQRNN",
     "Timeline",
+    "from_flax",
+    "from_torch",
     "run",
 ]
