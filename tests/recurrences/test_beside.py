@@ -9,7 +9,7 @@ import pytest
 from jax.tree_util import Partial
 
 import elkax
-from elkax.scan import affine_scan
+from elkax.scan import linear_recurrence
 from recurrences import recurrence_problems as problems
 from recurrences.recurrence_problems import errors
 
@@ -40,7 +40,7 @@ def plain_newton(cell, start, inputs):
         states, count, _ = carry
         before, new = values(states)
         jacobians = jax.vmap(jax.jacfwd(cell))(before, inputs).at[0].set(0.0)
-        states = states + affine_scan(jacobians, new - states)
+        states = states + linear_recurrence(jacobians, new - states)
         states = jnp.where(jnp.isfinite(states), states, start)
         new = values(states)[1]
         size = jnp.max(jnp.abs(jnp.stack((new, new - states))), axis=-1)
