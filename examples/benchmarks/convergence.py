@@ -25,8 +25,9 @@ import nonlinear_problems  # noqa: E402
 
 DAMPINGS = {
     "LM": elkax.LevenbergMarquardt(),
-    "LM 1e-3": elkax.LevenbergMarquardt(initial=1e-3),
-    "LM 100": elkax.LevenbergMarquardt(initial=100.0),
+    "LM 1": elkax.LevenbergMarquardt(initial=1.0),
+    "LM 10,000": elkax.LevenbergMarquardt(initial=1e4),
+    "LM, always damped": elkax.LevenbergMarquardt(longest=0.0),
     "trust region": elkax.TrustRegion(),
     "line search": elkax.LineSearch(),
     "undamped": elkax.GaussNewton(),

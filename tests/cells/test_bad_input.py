@@ -49,7 +49,6 @@ def spoiled(value, *index):
         (X, {"initial_state": np.zeros(3) + 1j}, TypeError, "initial_state .*complex"),
         (X, {"method": elkax.DEER}, TypeError, r"method must be an object such as elkax.DEER\(\)"),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("cell", [cells.GILR(2, 3), cells.Elman(2, 3)], ids=str)
 def test_wrong_arguments_are_named(cell, inputs, options, error, message):

@@ -179,7 +179,6 @@ WEIGHTS, PARAMS = TORCH["GRU"][0], FLAX["LSTM"][0]
         (cells.from_flax, GRU, PARAMS, ValueError, "named .*'hn'"),
         (cells.from_flax, cells.Elman(1, 2), PARAMS, TypeError, "cell must be .* got Elman"),
     ],
-    ids=str,
 )
 def test_what_does_not_fit_is_named(convert, cell, weights, error, message):
     with pytest.raises(error, match=message):

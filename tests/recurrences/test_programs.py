@@ -118,15 +118,6 @@ def dependent_steps(jaxpr):
 LONG = 10_000
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """Programs are traced as for a GPU."""
-    jax.clear_caches()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    yield
-    jax.clear_caches()
-
-
 @pytest.mark.parametrize("size", [4, 20])
 @pytest.mark.parametrize("method", [None, "Jacobi", "Picard", "quasi-DEER", "DEER", "quasi-ELK"])
 def test_dependent_steps_on_a_gpu(gpu, method, size):

@@ -73,7 +73,8 @@ def evaluate(name, method, max_iters, u, w, b, kind, start, x, weights, length):
                 cell, state, x, method=method, length=length, max_iters=max_iters
             )
         states = jnp.concatenate(jax.tree.leaves(states), -1)
-        return jnp.sum(weights * jnp.sin(states[:, : weights.shape[1]])), (states, info)
+        # Neither large nor small states count alone.
+        return jnp.sum(weights * jnp.arcsinh(states[:, : weights.shape[1]])), (states, info)
 
     return jax.grad(loss, (0, 1, 2), has_aux=True)(u, start, x)
 
@@ -89,7 +90,7 @@ def judge(seeds, name, most, longest, dtype, method, max_iters=None):
     batch = [np.stack(leaves) for leaves in zip(*drawn, strict=True)]
 
     def cast(leaf, dtype):
-        return jnp.asarray(leaf, dtype if leaf.dtype == float else None)
+        return jnp.asarray(leaf, dtype if np.issubdtype(leaf.dtype, np.floating) else None)
 
     given = [cast(leaf, dtype) for leaf in batch]
     # What rounding of its parameters would do to a gradient is no error of it.
@@ -105,7 +106,10 @@ def judge(seeds, name, most, longest, dtype, method, max_iters=None):
         off = np.max(np.abs(states[i] - reference[i]), axis=1)
         scale = np.maximum.accumulate(np.max(np.abs(reference[i]), axis=1))
         scale = np.maximum(scale, np.max(np.abs(given[4][i])))
-        if not np.all(off <= info.error_bound[i]):
+        # Terms that cancel inside the cell, as where a unit is switched on, are larger than f, and
+        # so are their roundings; the bound knows the size of f alone.
+        rounding = 4 * np.finfo(dtype).eps * scale
+        if not np.all(off <= info.error_bound[i] + rounding):
             wrong.append(f"{name} {seeds[i]}: error {np.max(off)} above its bound")
         if not np.all(off <= 1e-3 * scale):
             wrong.append(f"{name} {seeds[i]}: error {np.max(off / scale)} of the states")

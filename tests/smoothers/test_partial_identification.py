@@ -286,3 +286,66 @@ def test_a_fixed_line_of_5000_times_in_float32(form):
         assert np.all(off <= 0.02 * sd + eps), (t, off / sd)
         variances = np.diag(np.asarray(posterior.filtered_covariances[t]))
         np.testing.assert_allclose(variances, np.diag(cov), rtol=0.04, err_msg=str(t))
+
+
+def cycles(period, harmonics):
+    """A moving level and fixed cycles, as statsmodels writes them, with sin(pi) = 1.2e-16."""
+    D = 1 + 2 * len(harmonics)
+    F, h = np.eye(D), np.zeros((1, D))
+    h[0, 0] = 1
+    for k, harmonic in enumerate(harmonics):
+        angle = 2 * np.pi * harmonic / period
+        block = slice(1 + 2 * k, 3 + 2 * k)
+        F[block, block] = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
+        h[0, 1 + 2 * k] = 1
+    noise = np.diag([1.0] + [0.0] * (D - 1))
+    return F, make_params(np.zeros(D), np.eye(D), F, noise, h, [[1.0]])
+
+
+def without_sine(F, params):
+    """The same with what sin(pi) rounds to put to zero."""
+    F = np.where(np.abs(F) < 1e-6, 0.0, F)
+    return params._replace(dynamics=params.dynamics._replace(weights=jnp.asarray(F)))
+
+
+ALIASED = {  # period, harmonics: those that differ, harmonics with the frequency of another
+    "two of three": (4, (1, 2, 3), (1, 2), (1, 3)),
+    "half of a period": (8, (1, 2, 3, 4), (1, 2, 3, 4), ()),
+    "two of five": (8, (1, 2, 3, 4, 5), (1, 2, 3, 4), (3, 5)),
+    "four of six": (8, (1, 2, 3, 4, 5, 6), (1, 2, 3, 4), (2, 3, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ALIASED)
+def test_cycles_of_one_frequency_do_not_part(name, dtype, form):
+    """F is rounded and drifts; the likelihood is that of what differs, at 2 for 1 in a sum of two.
+
+    Every function decides alike, at every length, and no state is lost again once it is known.
+    """
+    period, harmonics, distinct, aliased = ALIASED[name]
+    length = 603
+    y = 5 + np.cumsum(np.random.default_rng(0).standard_normal(length))
+    y = cast(y[:, None], dtype)
+    params = cast(cycles(period, harmonics)[1], dtype)
+    F, alone = cycles(period, distinct)
+    alone = cast(without_sine(F, alone), "float64")
+    smoothed = compiled("lgssm_smoother", form)(params, y)
+    reduced = compiled("lgssm_smoother", form)(alone, cast(y, "float64"))
+    wanted = float(reduced.marginal_loglik) - len(aliased) * math.log(2) / 2
+    rtol = {"float64": 1e-10, "float32": 1e-3}[dtype]
+    for function in ("lgssm_filter", "lgssm_smoother"):
+        found = compiled(function, form)(params, y).marginal_loglik
+        assert float(found) == pytest.approx(wanted, rel=rtol), function
+    found = compiled("lgssm_marginal_log_prob", form)(params, y)
+    assert float(found) == pytest.approx(wanted, rel=rtol)
+    # The sine of half a period is never seen.
+    known = [True]
+    for harmonic in harmonics:
+        known += [harmonic not in aliased, harmonic not in aliased and 2 * harmonic != period]
+    for means in (smoothed.filtered_means[period:], smoothed.smoothed_means):
+        np.testing.assert_array_equal(np.isfinite(means), np.tile(known, (len(means), 1)))
+    deviations = np.sqrt(np.asarray(reduced.smoothed_covariances)[:, 0, 0])
+    off = np.abs(np.asarray(smoothed.smoothed_means)[:, 0] - reduced.smoothed_means[:, 0])
+    assert np.all(off <= 10 * rtol * deviations), np.max(off / deviations)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dynamax.linear_gaussian_ssm.inference import make_lgssm_params
 
 import elkax
 from problems import Problem, make_params, smooth_trend, with_inputs
@@ -171,3 +172,26 @@ def test_indefinite_covariance_gives_a_nan_likelihood(form):
         params, problem.emissions, problem.inputs
     )
     assert np.isnan(value)
+
+
+@pytest.mark.parametrize("num_blocks", [2, 3, 4, 6])
+def test_a_singular_covariance_where_blocks_meet(num_blocks):
+    """A factor of it is not unique: a jump may give another one than the steps before it."""
+    arrays = (
+        jnp.zeros(2),
+        jnp.diag(jnp.array([0.0, 0.25])),
+        jnp.array([[0.0, -1.0], [1.0, 0.0]]),
+        jnp.zeros((2, 2)),
+        jnp.ones((1, 2)),
+        0.25 * jnp.eye(1),
+    )
+    params = make_lgssm_params(*arrays)
+    emissions = jnp.asarray(np.random.default_rng(0).integers(-2, 3, (12, 1)) / 1.0)
+    smoothed = elkax.lgssm_smoother(
+        params, emissions, form="square_root", backend=elkax.Blocked(num_blocks)
+    )
+    exact = elkax.lgssm_smoother(params, emissions, form="covariance", backend=elkax.Sequential())
+    np.testing.assert_allclose(
+        smoothed.smoothed_covariances, exact.smoothed_covariances, atol=1e-14
+    )
+    np.testing.assert_allclose(smoothed.smoothed_means, exact.smoothed_means, atol=1e-14)

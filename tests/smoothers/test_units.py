@@ -194,3 +194,52 @@ def test_large_levels_and_coefficients(dtype, form):
     assert abs(float(posterior.smoothed_means[-1, 0]) - wanted) <= 0.02 * spread + 1e-6 * wanted
     found = math.sqrt(float(posterior.smoothed_covariances[-1, 0, 0]))
     assert found == pytest.approx(spread, rel=1e-2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_slope_in_any_unit_of_time(form):
+    """The only coupling of a slope is never taken for rounding, however small its unit makes it.
+
+    A spring too weak for its period to be told from infinity changes nothing.
+    """
+    y = (LEVEL + 0.1 * np.arange(T))[:, None]
+
+    def value(coupling, back=0.0):
+        F, none = [[1.0, coupling], [back, 1.0]], np.zeros((2, 2))
+        params = make_params(np.zeros(2), np.eye(2), F, none, [[1.0, 0.0]], [[0.25]])
+        return solve_diffuse(form, params, y)
+
+    base = value(1.0)
+    for exponent in (-100, -60, 60, 100):
+        # The slope has a density in its own unit.
+        shift = exponent * math.log(2)
+        assert value(2.0**exponent) + shift == pytest.approx(base, rel=1e-12)
+    assert value(1.0, -1e-30) == pytest.approx(base, rel=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_sine_of_pi_is_zero_in_any_unit_of_the_data(form):
+    """A cycle of two steps: its second state is never seen, not through 1.2e-16 either."""
+    F = np.eye(3)
+    F[1:, 1:] = [[np.cos(np.pi), np.sin(np.pi)], [-np.sin(np.pi), np.cos(np.pi)]]
+    exact = np.diag([1.0, -1.0, -1.0])
+
+    def value(F, s):
+        Q = np.diag([0.09, 0.0, 0.0]) * s * s
+        params = make_params(np.zeros(3), np.eye(3), F, Q, [[1.0, 1.0, 0.0]], [[0.25 * s * s]])
+        return solve_diffuse(form, params, LEVEL[:, None] * s)
+
+    base = value(exact, 1.0)
+    for s in (1e-12, 1.0, 1e12):
+        # Two effects are determined.
+        assert value(F, s) + (T - 2) * math.log(s) == pytest.approx(base, rel=1e-11)
+
+
+def solve_diffuse(form, params, y):
+    """The log-likelihood with a diffuse start, the same by filter, smoother and by itself."""
+    options = {"form": form, "initial": elkax.ExactDiffuse()}
+    value = float(elkax.lgssm_marginal_log_prob(params, y, **options))
+    for function in (elkax.lgssm_filter, elkax.lgssm_smoother):
+        found = float(function(params, y, **options).marginal_loglik)
+        assert found == pytest.approx(value, rel=1e-10)
+    return value

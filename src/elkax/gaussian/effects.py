@@ -15,9 +15,7 @@ from jaxtyping import Array
 
 from elkax.gaussian.model import Model
 from elkax.gaussian.output import FilterOutput, log_density, standardize
-
-# Directions of which the data say less than so many roundings are taken for undetermined.
-LEVEL = 100
+from elkax.gaussian.unknown import tolerance
 
 
 class Effect(NamedTuple):
@@ -38,7 +36,7 @@ def proper_part(model: Model) -> Model:
     r"""Give the model for $\delta = 0$, started from $N(m_0, P_0 + UU^\top)$."""
     units = jnp.asarray(model.unknown)[: len(model.initial_mean)]
     both = model.initial_cov + jnp.matmul(units, units.T, precision="highest")
-    return model._replace(initial_cov=both, unknown=None)
+    return model._replace(initial_cov=both, unknown=None, age=None)
 
 
 def given_effects(model: Model) -> Model:
@@ -79,7 +77,8 @@ def estimate(model: Model, columns: FilterOutput) -> tuple[Effect, Array]:
     scaled = standardize(columns).reshape(len(columns.mean), -1)
     base, units = scaled[0], scaled[1:].T
     scales = jnp.sqrt(jnp.sum(jnp.asarray(model.unknown)[: len(model.initial_mean)] ** 2, axis=0))
-    effect = Effect(*solve(units, base, jax.lax.stop_gradient(scales)))
+    age = jnp.repeat(jnp.max(jnp.asarray(model.age), axis=1), columns.residual.shape[-1])
+    effect = Effect(*solve(units, base, jax.lax.stop_gradient(scales), tolerance(age)))
     residual = base + jnp.matmul(units, effect.mean, precision="highest")
     first = jax.tree.map(lambda leaf: leaf[0], columns)
     # The density of a residual of zero, and then of the standardized one.
@@ -89,8 +88,10 @@ def estimate(model: Model, columns: FilterOutput) -> tuple[Effect, Array]:
 
 
 @jax.custom_jvp
-def solve(units: Array, base: Array, scales: Array) -> tuple[Array, Array, Array]:
+def solve(units: Array, base: Array, scales: Array, level: Array) -> tuple[Array, Array, Array]:
     r"""Minimise $|e + E\delta|$ orthogonally, the rank being found with columns scaled to one.
+
+    A right singular vector of E is determined if some row of E tells more of it than rounding.
 
     The derivative holds the rank and the undetermined directions fixed:
     $dJ^- = -J^-dJ\,J^-$, $d\hat\delta = -J^-(dE^\top(e + E\hat\delta) + E^\top(de +
@@ -100,6 +101,7 @@ def solve(units: Array, base: Array, scales: Array) -> tuple[Array, Array, Array
         units: $E$ (n, d).
         base: $e$ (n,).
         scales: (d,) units of the effects in those of the states.
+        level: (n,) what each row of E tells by rounding, for columns scaled to one.
 
     Returns:
         The fields of `Effect`.
@@ -112,9 +114,10 @@ def solve(units: Array, base: Array, scales: Array) -> tuple[Array, Array, Array
     # What is not finite would keep the decomposition from returning.
     finite = jnp.all(jnp.isfinite(factor))
     _, values, turned = jnp.linalg.svd(jnp.where(finite, factor, jnp.eye(count, dtype=norms.dtype)))
-    known = values > LEVEL * jnp.finfo(units.dtype).eps
-    inverse = jnp.where(known, 1.0 / jnp.where(known, values, 1.0), 0.0)
     basis = turned.T
+    told = jnp.matmul(units * scale, basis, precision="highest")
+    known = jnp.any(jnp.abs(told) > level[:, None], axis=0)
+    inverse = jnp.where(known, 1.0 / jnp.where(known, values, 1.0), 0.0)
     root = scale[:, None] * basis * inverse
     cov = jnp.matmul(root, root.T, precision="highest")
     mean = jnp.zeros(count, units.dtype)
@@ -138,8 +141,8 @@ def solve(units: Array, base: Array, scales: Array) -> tuple[Array, Array, Array
 
 @solve.defjvp
 def _solve_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    units, base, _ = primals
-    d_units, d_base, _ = tangents
+    units, base, *_ = primals
+    d_units, d_base, *_ = tangents
     mean, cov, log_det = solve(*primals)
 
     def product(a: Array, b: Array) -> Array:

@@ -16,7 +16,7 @@ from elkax.gaussian.model import MEANS_AND_DATA, RANKS, Model, merge
 from elkax.gaussian.output import FilterOutput, State
 from elkax.gaussian.rounding import contradicts, of_correction, of_prediction, tells_nothing
 from elkax.gaussian.square_root import Turn
-from elkax.gaussian.unknown import determine, propagate, see
+from elkax.gaussian.unknown import determine, propagate, see, tolerance
 from elkax.scan import lanes
 from elkax.scan.lanes import (
     MAX_UNROLLED,
@@ -100,15 +100,15 @@ class KalmanFilter:
         """Predict and update."""
         model = merge(self.fixed, x)
         state = _widen(state, model)
-        prior, turn = self._predict(model, state)
+        prior, turn, level = self._predict(model, state)
         mean, low, cov, error, unknown = prior
         # Series with covariances in common have lanes in their means alone.
-        cov, mean, low, error, unknown = materialize(
-            (cov, mean, low, error, unknown), 2, 1, 1, 2, 2
+        cov, mean, low, error, unknown, level = materialize(
+            (cov, mean, low, error, unknown, level), 2, 1, 1, 2, 2, 2
         )
 
         def update(carry: tuple, entry: tuple) -> tuple[tuple, tuple[Array, Array, Array]]:
-            shift, cov, error, unknown, turn = carry
+            shift, cov, error, unknown, level, turn = carry
             h, variance, value, used = entry
             projection, s = self.form.project(cov, h, variance)
             residual = value - dot(h, mean) - dot(h, shift)
@@ -127,19 +127,19 @@ class KalmanFilter:
             elif unknown is None:
                 after = self.form.update(cov, h, projection, variance, s, gain)
             else:
-                gain, s, unknown, new = _determine(unknown, h, used, gain, s)
+                gain, s, unknown, level, new = _determine(unknown, level, h, used, gain, s)
                 after = self.form.correct(cov, h, variance, gain)
             if error is not None:
                 error = of_correction(self.form, error, cov, h, variance, gain)
             shift = shift + lanes.scale(gain, residual)
             reported = jnp.where(_silent(zero, new, against), 0.0, residual) * used
             s = jnp.where(zero & ~new, 0.0, s)
-            return (shift, after, error, unknown, turn), (gain, reported, s)
+            return (shift, after, error, unknown, level, turn), (gain, reported, s)
 
         if turn is not None:
             turn = turn._replace(shift=lanes.give_lanes(turn.shift, 1, (mean, 1)))
-        start = (low, cov, error, unknown, turn)
-        (shift, cov, error, unknown, turn), found = fold_rows(update, start, entries(model))
+        start = (low, cov, error, unknown, level, turn)
+        (shift, cov, error, unknown, _, turn), found = fold_rows(update, start, entries(model))
         cov = self.form.settle(cov)
         gain, residual, variance = found
         mean, rest = two_sum(mean, shift)
@@ -297,11 +297,21 @@ class KalmanFilter:
         """Tell whether the block's innovation covariances were nonsingular."""
         return summary.sound if self.form.exact_entries else True
 
+    def determined(self, state: State) -> Array | bool:
+        """Tell whether the factor of the covariance is unique, which the turns are told in."""
+        if not self.turning:
+            return True
+        factor = jnp.moveaxis(lanes.halves(state.cov)[0], (0, 1), (-2, -1))
+        pivots = jnp.abs(jnp.diagonal(factor, axis1=-2, axis2=-1))
+        least = jnp.finfo(factor.dtype).eps ** 0.75 * jnp.linalg.norm(factor, axis=-1)
+        return jnp.all(pivots > least, axis=-1)
+
     def predict(self, model: Model, state: State) -> State:
         """Predict one step; before the first one the state is exactly zero."""
         return self._predict(model, state)[0]
 
-    def _predict(self, model: Model, state: State) -> tuple[State, Turn | None]:
+    def _predict(self, model: Model, state: State) -> tuple[State, Turn | None, Array | None]:
+        """Predict; besides, how the noise turned, and what of U is taken for rounding."""
         mean, low, cov, error, unknown = state
         offset = lanes.blend(model.first, model.initial_mean, model.offset, 1)
         near, rest = lanes.split_identity(model.weights)
@@ -310,27 +320,29 @@ class KalmanFilter:
         noise = lanes.blend(model.first, model.initial_cov, model.noise, 2)
         if error is not None:
             error = of_prediction(self.form, model.weights, error, cov, noise)
+        level = None
         if unknown is not None:
             first = lanes.scale_by(jnp.asarray(model.unknown)[: len(near)], model.first)
-            unknown = propagate(model.weights, unknown, first)
+            unknown, terms = propagate(model.weights, unknown, first)
+            level = lanes.scale_rows(terms, tolerance(jnp.asarray(model.age)))
         turn = None
         if self.turning:
             cov, turn = self.form.predict_turned(model.weights, cov, noise)
         else:
             cov = self.form.predict(model.weights, cov, noise)
-        return State(*two_sum(near * mean, change), cov, error, unknown), turn
+        return State(*two_sum(near * mean, change), cov, error, unknown), turn, level
 
 
 def _determine(
-    unknown: Array, row: Array, used: Array, gain: Array, s: Array
-) -> tuple[Array, Array, Array, Array]:
+    unknown: Array, level: Array, row: Array, used: Array, gain: Array, s: Array
+) -> tuple[Array, Array, Array, Array, Array]:
     r"""Let an entry that sees something unknown determine it.
 
     Returns:
-        The gain $Uf/f^\top f$ and $-f^\top f$ there, elsewhere what was given; U after it; and
-        where that is.
+        The gain $Uf/f^\top f$ and $-f^\top f$ there, elsewhere what was given; U and its level
+        after it; and where that is.
     """
-    f = see(unknown, row)
+    f = see(unknown, row, level)
     square = dot(f, f)
     new = used & (square > 0)
     safe = jnp.where(new, square, 1.0)
@@ -338,7 +350,7 @@ def _determine(
     return (
         jnp.where(new, towards, gain),
         jnp.where(new, -square, s),
-        determine(unknown, f, new),
+        *determine(unknown, level, f, new),
         new,
     )
 

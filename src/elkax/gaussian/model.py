@@ -29,6 +29,8 @@ class Model(NamedTuple):
             resolved by `uncorrelate` before anything is run.
         unknown: $U$ (D + d, d): $z_0$ is $N(m_0, P_0)$ plus the first D rows times effects of which
             nothing is known; below them the identity. None if there are none.
+        age: (T, D) in how many steps up to t F has changed each state, a real number; None without
+            `unknown`.
     """
 
     initial_mean: Array
@@ -44,10 +46,11 @@ class Model(NamedTuple):
     valid: Array | None = None
     correlated: Array | None = None
     unknown: Array | None = None
+    age: Array | None = None
 
 
 # Number of axes of each field without time.
-RANKS = (1, 2, 2, 1, 2, 2, 1, 1, 1, 0, 0, 2, 2)
+RANKS = (1, 2, 2, 1, 2, 2, 1, 1, 1, 0, 0, 2, 2, 1)
 # Fields that no covariance depends on.
 MEANS_AND_DATA = ("initial_mean", "offset", "values")
 

@@ -216,11 +216,11 @@ class DensityEmission:
         )
         values, vectors = jnp.linalg.eigh(matrix)
         largest, square = jnp.max(jnp.abs(values)), jnp.sum(gradient * gradient)
-        eps = jnp.finfo(mean.dtype).eps
+        eps, most = jnp.finfo(mean.dtype).eps, 0.01 * jnp.finfo(mean.dtype).max
         # A direction without curvature gets some, so that its gradient still counts; where there
         # is none at all, as beside the kink of a Laplace density, that of the squared gradient.
-        least = jnp.maximum(jnp.sqrt(eps) * largest, eps**2 * square)
-        least = jnp.where(largest > 0, least, square)
+        least = jnp.maximum(jnp.sqrt(eps) * largest, eps**2 * jnp.max(jnp.abs(gradient)))
+        least = jnp.where(largest > 0, least, jnp.minimum(square, most))
         nothing = (largest == 0) & (square == 0)
         values = jnp.maximum(jnp.abs(values), jnp.where(nothing, 1.0, least))
         observed = jnp.broadcast_to(jnp.any(datum.observed) & ~nothing, mean.shape)

@@ -8,6 +8,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from elkax.linearize import Full, Structure
 from elkax.recurrences.method import DEER, Method, QuasiDEER
+from elkax.recurrences.plan import WINDOW
 from elkax.recurrences.prepare import Arguments, Cell, declared_structure, prepare
 from elkax.recurrences.problem import Problem
 from elkax.recurrences.state_types import separate
@@ -138,5 +139,11 @@ def explain(
     method, reason = choose_for(arguments, platform)
     if isinstance(method, Method):
         kept = "the whole Jacobian" if isinstance(method.jacobian, Full) else method.jacobian
-        return f"Newton's iteration with {kept}: {reason}."
+        lost = ""
+        if method.damping is None and arguments.length > 2 * WINDOW:
+            lost = (
+                f". Once guesses are lost, steps over the whole and in windows of {WINDOW} go on "
+                "side by side until one has arrived"
+            )
+        return f"Newton's iteration with {kept}: {reason}{lost}."
     return f"{type(method).__name__}: {reason}."

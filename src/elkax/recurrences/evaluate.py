@@ -68,7 +68,8 @@ def evaluate_recurrence(
         reverse: run from the last input to the first, $s_t = f(s_{t+1}, x_t)$.
         window: W, the number of steps that an iteration works on, starting after what has
             converged; memory O(W D^2), derivatives and error bound included. By default all, and
-            without damping 48 once guesses had to be restarted.
+            without damping 48 once guesses had to be restarted; with `DEER()` on an accelerator
+            both then, side by side, until one has arrived.
         block: B, for one unknown in B steps: blocks of B steps are run one after the other inside,
             all blocks at once, and the method finds the states between them (Gauss-Seidel inside
             and Jacobi across with `Jacobi()`, multiple shooting with `DEER()`).

@@ -67,6 +67,7 @@ def _rough(arguments: Arguments, plan: Plan) -> Array:
     plan = replace(
         plan,
         windows=plan.windows[-1:],
+        beside=False,
         max_iters=ROUGH,
         history=False,
         bounded=False,

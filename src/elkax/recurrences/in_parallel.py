@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 
 from elkax.linearize import Diagonal
 from elkax.recurrences.audit import audit, audit_and_correct, to_rounding
+from elkax.recurrences.beside import Pair, advance_beside
 from elkax.recurrences.blocks import coarsen, refine
 from elkax.recurrences.in_sequence import give_way
 from elkax.recurrences.newton import advance
@@ -61,14 +62,18 @@ def evaluate_in_parallel(
     start = start_at(coarse, method, guess, options)
     # A turn that finds all of its window converged takes no step.
     turns = plan.max_iters + 1 + (coarse.length - 1) // plan.windows[0]
+    if plan.beside:
+        start = Pair(start, start)
     end, outcome = iterate(
-        partial(advance, coarse, method, options),
+        partial(advance_beside if plan.beside else advance, coarse, method, options),
         start if moving else jax.lax.stop_gradient(start),
         max_iters=turns,
         tolerance=Tolerance(0.0, 0.0),
         history=turns if plan.history else 0,
         unroll=turns if moving else None,
     )
+    if plan.beside:
+        end = end.best()
     states = refine(still, coarse, end.guess.whole())
     check = partial(audit, fixed, plan, tolerance, error_tolerance)
     corrections = jnp.asarray(0)

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from elkax.recurrences.method import Method
 from elkax.recurrences.point import Damped, Guess, Options, Point, Record
 from elkax.recurrences.problem import Problem, fit, leading, sizes
-from elkax.recurrences.restarts import find_lost, lengthen, measure, shorten
+from elkax.recurrences.restarts import EXPLODED, find_lost, lengthen, measure, shorten
 from elkax.recurrences.step import Step, View, solve
 from elkax.smoothers.damping import Attempt, Damping
 from elkax.smoothers.iteration import Progress
@@ -39,6 +39,7 @@ class Seen(NamedTuple):
         view: a window of it, or of the one before where the last step is refused.
         lost: index of the first state that is lost.
         blown: whether that is a guess which has to be restarted.
+        astray: the same without patience.
         strength: $\lambda$ of its states (W, D); None without damping.
         stalled: whether no step will get any further.
         done: whether no step is taken, all states being exact or the iterations used up.
@@ -47,6 +48,7 @@ class Seen(NamedTuple):
     view: View
     lost: Array
     blown: Array
+    astray: Array
     strength: Array | None
     stalled: Array
     done: Array
@@ -112,10 +114,13 @@ def _evaluate(
             before=view.write(damped.before, view.states),
             merit=jnp.where(refused, damped.merit, merit),
         )
-    lost = view.start + size
+    lost = astray = view.start + size
     if options.restarts:
-        lost = find_lost(view, point.scale, prefix, first)
-    blown = lost < jnp.minimum(point.guess.front, view.start + size)
+        lost = astray = find_lost(view, point.scale, prefix, first)
+    if options.patient:
+        lost = find_lost(view, point.scale, prefix, first, patient=True)
+    guessed = jnp.minimum(point.guess.front, view.start + size)
+    blown = lost < guessed
     if damping is not None and not refuses:
         damped, stalled, _ = _judge(damping, point, damped.merit, blown)
     strength = None
@@ -129,7 +134,7 @@ def _evaluate(
         evaluations=point.evaluations + size,
         residual=residual,
     )
-    return Seen(view, lost, blown, strength, stalled, done), judged
+    return Seen(view, lost, blown, astray < guessed, strength, stalled, done), judged
 
 
 def _judge(
@@ -165,9 +170,12 @@ def _judge(
 def _step(problem: Problem, method: Method, options: Options, seen: Seen, point: Point) -> Point:
     """Take a step unless all is done, and restart the guesses behind what it reaches."""
     view, prefix, guess, damped = seen.view, point.prefix, point.guess, point.damped
-    length, size, usual = problem.length, len(view.index), point.scale.usual
+    length, size = problem.length, len(view.index)
     # What undamped steps do by taking fewer states, damping does for all of them.
-    most = options.windows[0] if damped is None else None
+    most = options.windows[0] if damped is None and not options.patient else None
+    largest = wild = EXPLODED * point.scale.usual
+    if options.patient:
+        largest = jnp.full_like(wild, jnp.finfo(wild.dtype).max)
     reach = lengthen(point.reach, length, most)
     reach = shorten(reach, seen.blown, seen.lost - prefix, most)
     end = jnp.minimum(jnp.minimum(prefix + reach.width, seen.lost), view.start + size)
@@ -175,12 +183,14 @@ def _step(problem: Problem, method: Method, options: Options, seen: Seen, point:
         seen.done,
         lambda: Step(view.states, None if damped is None else damped.merit, end),
         lambda: solve(
-            method, options.backend, options.restarts, view, prefix, end, seen.strength, usual
+            method, options.backend, options.restarts, view, prefix, end, seen.strength, largest
         ),
     )
     exploded = taken.end < end
     reach = shorten(reach, exploded, taken.end - prefix, most)
-    reach = reach._replace(resets=reach.resets + (seen.blown | exploded))
+    if options.patient:
+        exploded |= jnp.any(sizes(taken.states) > wild)
+    reach = reach._replace(resets=reach.resets + (seen.astray | exploded))
     last = jnp.clip(taken.end - 1 - view.start, 0, size - 1)
     front = jnp.where(reach.holding, taken.end, length)
 

@@ -31,6 +31,7 @@ class Plan:
     kept: Structure
     window: int | None
     windows: tuple[int, ...]
+    beside: bool
     block: int
     backend: Backend | None
     max_iters: int
@@ -112,6 +113,7 @@ def make_plan(
         kept=kept,
         window=None if window is None else whole * block,
         windows=(WINDOW, unknown) if shortens else (whole,),
+        beside=shortens and method.jacobian == exact and jax.default_backend() != "cpu",
         block=block,
         backend=backend,
         max_iters=max_iters,

@@ -21,6 +21,8 @@ class Options(NamedTuple):
         backend: how to run the linear problems over time.
         history: whether to keep the residual of every step.
         restarts: whether guesses of the tail may be restarted.
+        patient: whether that is done only where states are not finite, and steps reach as far as
+            ever: plain Newton.
     """
 
     windows: tuple[int, ...]
@@ -29,6 +31,7 @@ class Options(NamedTuple):
     backend: Backend | None
     history: bool
     restarts: bool
+    patient: bool = False
 
 
 class Guess(NamedTuple):

@@ -15,6 +15,8 @@ from elkax.recurrences.step import View
 
 # A state this many times larger than any before it, and off by half of its size, is lost.
 FAR = 2.0
+# One so many times larger than what the recurrence produces is lost without being evaluated.
+EXPLODED = 1e3
 # What becomes of the active part after a restart, and in every iteration without one.
 SHRINK, GROW = 0.6, 1.1
 # So many iterations without a restart are needed before all of a long trajectory is tried again.
@@ -49,7 +51,9 @@ class Reach(NamedTuple):
     holding: Array
 
 
-def find_lost(view: View, scale: Scale, prefix: Array, first: Array) -> Array:
+def find_lost(
+    view: View, scale: Scale, prefix: Array, first: Array, *, patient: bool = False
+) -> Array:
     """Return the index of the first state behind the prefix that is lost, T or more if none is.
 
     Args:
@@ -57,11 +61,12 @@ def find_lost(view: View, scale: Scale, prefix: Array, first: Array) -> Array:
         scale: how large states are.
         prefix: number of converged states.
         first: whether these are the first guesses, whose size says nothing.
+        patient: whether only states that are not finite are lost.
     """
     size = sizes(view.states)
     off = sizes(view.values - view.states)
     usual = jnp.where(first, jnp.inf, jnp.maximum(scale.usual, scale.known))
-    far = (size > FAR * usual) & (off > 0.5 * size)
+    far = (size > FAR * usual) & (off > 0.5 * size) & (not patient)
     bad = (far | ~jnp.isfinite(off)) & (view.index > prefix)
     # The first state of the active part is found without its guess.
     return jnp.maximum(view.first(bad), prefix + 1)

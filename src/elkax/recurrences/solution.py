@@ -23,9 +23,10 @@ class RecurrenceInfo(NamedTuple):
         residual: largest entry of $|s_t - f(s_{t-1}, x_t)|$, relative to the largest entry of a
             state up to t.
         error_bound: (T,) first-order bound on the entries of the error of $s_t$, among them what
-            another rounding of f would change. NaN where it was not asked for: with an infinite
-            `error_tolerance`, and with none where the states were found one after the other. These
-            are those of `jax.lax.scan`, which in chaos says nothing about their error.
+            another rounding of f, by its own size, would change. NaN where it was not asked for:
+            with an infinite `error_tolerance`, and with none where the states were found one after
+            the other. These are those of `jax.lax.scan`, which in chaos says nothing about their
+            error.
         resets: how often guesses of the tail were restarted.
         damping: largest $\lambda$ of the last iteration.
         history: `Record` whose leading axis holds every evaluation of the trajectory, at first that

@@ -12,9 +12,6 @@ from elkax.recurrences.method import Method
 from elkax.recurrences.problem import shift, shift_back, sizes, where_rows
 from elkax.scan import Backend
 
-# A state so many times larger than what the recurrence produces is lost without being evaluated.
-EXPLODED = 1e3
-
 
 class View(NamedTuple):
     """A window on the trajectory, leading axis its size.
@@ -69,9 +66,20 @@ def solve(
     prefix: Array,
     end: Array,
     strength: Array | None,
-    usual: Array,
+    wild: Array,
 ) -> Step:
-    """Take a step in the active part."""
+    r"""Take a step in the active part.
+
+    Args:
+        method: what is kept of the Jacobian, and the form.
+        backend: how to run over time.
+        restarts: whether the step ends where states are wild.
+        view: the window.
+        prefix: number of converged states.
+        end: where the active part ends.
+        strength: $\lambda$; None without damping.
+        wild: states larger than this are.
+    """
     structure = method.jacobian
     active = (view.index >= prefix) & (view.index < end)
     coupled = active & (view.index > prefix)
@@ -85,8 +93,8 @@ def solve(
         change, covs = structure.filter(jacobian, residual, noise, backend)
     if restarts:
         # Where the part ends that has not exploded.
-        wild = ~(sizes(view.states + change) <= EXPLODED * usual) & (view.index > prefix)
-        end = jnp.minimum(end, view.first(wild))
+        exploded = ~(sizes(view.states + change) <= wild) & (view.index > prefix)
+        end = jnp.minimum(end, view.first(exploded))
     kept = view.index < end
     change = jnp.where(kept[:, None], change, 0.0)
     residual = jnp.where(kept[:, None], residual, 0.0)

@@ -11,6 +11,7 @@ from elkax.scan.fallback import where_sound
 from elkax.scan.layout import block_shape, from_blocks, to_blocks
 from elkax.scan.protocol import (
     Centred,
+    Determined,
     Scannable,
     State,
     Summary,
@@ -64,9 +65,15 @@ def run_in_blocks(
     rows = jax.tree.map(lambda x: to_blocks(x, steps, blocks, padding, reverse), xs)
     empty = scannable.identity((blocks,), state_dtype(state))
     totals = _summarise(scannable, empty, rows, reverse)
+    starts = find_starts(scannable, state, totals, reverse)
+    sound = scannable.sound(totals)
+    if isinstance(scannable, Determined):
+        inner = slice(None, -1) if reverse else slice(1, None)
+        determined = scannable.determined(jax.tree.map(lambda leaf: leaf[..., inner], starts))
+        if determined is not True:
+            sound = jnp.all(determined) & jnp.all(sound)
 
     def parallel() -> tuple[State, PyTree]:
-        starts = find_starts(scannable, state, totals, reverse)
         last, outputs = _run_from(scannable, starts, rows, padding, reverse)
         end = 0 if reverse else -1
         final = jax.tree.map(lambda leaf: leaf[..., end], last)
@@ -75,7 +82,7 @@ def run_in_blocks(
         )
 
     return where_sound(
-        scannable.sound(totals),
+        sound,
         parallel,
         lambda: Sequential()(scannable, state, xs, reverse=reverse),
     )

@@ -71,6 +71,18 @@ class Centred(Scannable, Protocol):
 
 
 @runtime_checkable
+class Determined(Scannable, Protocol):
+    """A recurrence whose outputs may depend on which of several equal states a jump gives.
+
+    As coordinates do that a factor of a covariance defines: it is unique where that is regular.
+    """
+
+    def determined(self, state: State) -> Array | bool:
+        """Tell, in every lane, whether a jump gives the very state that the steps give."""
+        ...
+
+
+@runtime_checkable
 class Backend(Protocol):
     """A way to run a `Scannable` over a sequence."""
 

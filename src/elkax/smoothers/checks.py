@@ -248,6 +248,44 @@ def _negative_eigenvalues(stack: np.ndarray, eps: float, tolerance: float) -> np
     return lowest if (lowest < -tolerance).any() else None
 
 
+def falls_too_far(
+    initial_cov: Any, dynamics: Any, weights: Any, cov: Any, *, full: bool
+) -> frozenset[str]:
+    r"""Tell what covariances have too few digits for, where that can be looked at.
+
+    Data take the prior variance of a measurement, $h^\top P_0h$ or one step on, down to about
+    $r + h^\top Qh$. In covariance form the filter loses as many digits as the variance falls by,
+    and shall keep half of them. The smoother loses twice as many in states that nothing disturbs,
+    and more the longer a trend is: above $10^3$ its variances may be wrong altogether.
+
+    Args:
+        initial_cov: $P_0$ (D, D).
+        dynamics: of dynamax's record, F and Q arrays.
+        weights: $H$, (N, D) or (T, N, D).
+        cov: $R$; measurements without error are not judged here.
+        full: whether R has covariances.
+
+    Returns:
+        Those of "filter" and "smooth" that need factors.
+    """
+    if not is_concrete(initial_cov, dynamics.weights, dynamics.cov, weights, cov):
+        return frozenset()
+
+    def over_time(array: Any, rank: int, extreme: Any) -> np.ndarray:
+        array = np.abs(np.asarray(array, float))
+        return extreme(array, axis=0) if array.ndim > rank else array
+
+    sd = np.sqrt(np.abs(np.diagonal(np.asarray(initial_cov, float))))
+    h, f = over_time(weights, 2, np.max), over_time(dynamics.weights, 2, np.max)
+    q = dynamics.cov[1:] if dynamics.cov.ndim == 3 and len(dynamics.cov) > 1 else dynamics.cov
+    q = over_time(np.diagonal(np.asarray(q), axis1=-2, axis2=-1), 1, np.min)
+    r = np.diagonal(np.asarray(cov), axis1=-2, axis2=-1) if full else cov
+    r = over_time(r, 1, np.min)
+    prior, noise = np.maximum(h @ sd, h @ (f @ sd)) ** 2, r + (h * h) @ q
+    limits = {"filter": np.finfo(float).eps ** -0.5, "smooth": 1e3}
+    return frozenset(k for k, limit in limits.items() if np.any((prior > limit * noise) & (r > 0)))
+
+
 def may_be_exact(cov: Any, *, full: bool) -> bool:
     """Tell whether a measurement may be without error; it may where that cannot be looked at."""
     if callable(cov) or not is_concrete(cov):

@@ -268,16 +268,17 @@ class LevenbergMarquardt:
         factor = jnp.where(whole, shrink, jnp.where(accepted, 1.0, control.growth))
         value = jnp.maximum(control.value * jnp.where(free, 1.0, factor), least_strength(shrink))
         growth = jnp.where(whole, 2.0, jnp.where(free, 1.0, 2.0) * control.growth)
-        failed = free & ~accepted
+        failed, first = free & ~accepted, jnp.isinf(control.reach)
         known = attempt.spread * control.reference
         known = jnp.where(known > self.initial, self.initial / known, 1.0)
-        value = jnp.where(failed & jnp.isinf(control.reach), known, value)
+        value = jnp.where(failed & first, known, value)
         shorter = jnp.minimum(jnp.minimum(control.reach, SHORT), 0.3 * attempt.size)
         reach = jnp.where(failed, shorter, control.reach)
         again = (gain.ratio > 0.75) & (attempt.size < reach) & (attempt.share < SLIGHT)
         free = jnp.where(free, accepted, whole & again & (self.longest > 0))
-        better = jnp.abs(attempt.fall - attempt.rival) < jnp.abs(attempt.fall - attempt.predicted)
-        curved = (failed | (control.curved ^ better[0])) & ~free & self.second_order
+        miss, other = abs(attempt.fall - attempt.predicted)[0], abs(attempt.fall[0] - attempt.rival)
+        better = (other < miss - attempt.rounding) & ~(control.free & first)
+        curved = ((failed & first) | (control.curved ^ better)) & self.second_order
         stalled = ~accepted & jnp.all(value > self.largest)
         control = Strength(value, growth, control.reference, free, reach, curved)
         return Verdict(choice, accepted, stalled, control)

@@ -65,9 +65,9 @@ class Point(NamedTuple):
     quiet: Array
 
 
-# After so many quiet steps an iteration has stalled, and one that is judged by its steps alone has
-# arrived, if these are short.
-QUIET, SETTLED = 20, 5
+# After so many quiet steps an iteration has settled, if what is left is rounding and steps are
+# short; and after so many it has stalled.
+SETTLED, QUIET = 4, 20
 
 
 class Solver(NamedTuple):
@@ -135,15 +135,15 @@ def advance(solver: Solver, point: Point) -> tuple[Point, Progress]:
     finite = jnp.isfinite(cost) & jnp.all(jnp.isfinite(linearized.model.weights))
     accepted = (verdict.accepted if covs is None else jnp.all(jnp.isfinite(step))) & finite
     fall = jnp.where(accepted, trial.fall[taken], 0.0)
-    longer = size >= 0.95 * point.step
+    longer = size >= 0.999 * point.step
     if covs is None:
         # What an undamped step would bring; slow convergence still shrinks it, rounding does not.
         worth = (1.0 + share) * jnp.abs(trial.predicted[0])
-        hidden = (worth <= trial.rounding / 16) & (size >= 0.5 * point.step)
-        hidden = hidden | ((worth <= trial.rounding) & (size >= point.step))
         least = jnp.maximum(trial.rounding, jnp.sqrt(eps) * worth)
         real = accepted & (trial.merit[taken] > least)
         quiet = jnp.where(real, 0, point.quiet + longer)
+        hidden = (worth <= trial.rounding / 16) & (size >= 0.5 * point.step)
+        hidden = hidden | ((worth <= trial.rounding) & (quiet >= SETTLED))
         stuck = quiet >= QUIET
     else:
         quiet = jnp.where(longer, point.quiet + 1, 0)
@@ -163,7 +163,7 @@ def advance(solver: Solver, point: Point) -> tuple[Point, Progress]:
         finite=finite & ~(verdict.stalled & ~jnp.isfinite(trial.fall[taken])),
         step=size,
         change=jnp.abs(fall) / (1.0 + jnp.abs(cost)),
-        settled=hidden & (size <= eps**0.3),
+        settled=hidden & (size <= eps**0.36),
         stalled=verdict.stalled | stuck,
         record=Record(cost - fall, share, size, accepted, violation),
     )

@@ -8,6 +8,7 @@ from dynamax.linear_gaussian_ssm import ParamsLGSSM
 from jax.scipy.stats import norm
 from jaxtyping import Array, ArrayLike
 
+from elkax.gaussian.unknown import tolerance
 from elkax.scan import Backend
 from elkax.smoothers.checks import real_array, series_array
 from elkax.smoothers.linear import Initial, Moments, infer_filtered, infer_smoothed, setup
@@ -74,8 +75,9 @@ def emission_moments(problem: Problem, states: Moments) -> tuple[Array, Array]:
     unknown = states.unknown
     if unknown is not None:
         seen = jnp.matmul(h, unknown, precision="highest")
-        terms = jnp.matmul(jnp.abs(h), jnp.abs(unknown), precision="highest")
-        unknown = jnp.where(jnp.abs(seen) <= 1000 * jnp.finfo(seen.dtype).eps * terms, 0.0, seen)
+        rounding = tolerance(jnp.asarray(problem.model.age))[:, :, None] * jnp.abs(unknown)
+        rounding = jnp.matmul(jnp.abs(h), rounding, precision="highest")
+        unknown = jnp.where(jnp.abs(seen) <= rounding, 0.0, seen)
     return Moments(mean, spread + full_cov(problem), unknown).shown()
 
 
@@ -86,7 +88,7 @@ def smoothed_emissions(
 
     Arguments and errors as `lgssm_smoother`, and what is undetermined as in `emission_moments`.
     """
-    problem, stored = setup(params, emissions, inputs, **options)
+    problem, stored = setup(params, emissions, inputs, smoothing=True, **options)
     found = infer_smoothed(problem.model, problem.finite, form=stored, backend=options["backend"])
     return _of_emissions(problem, found.smoothed)
 

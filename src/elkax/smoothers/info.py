@@ -12,8 +12,9 @@ from elkax.smoothers.iteration import Status
 ADVICE = {
     Status.CONVERGED: "",
     Status.MAX_ITERS: "the steps are still long; raise max_iters, or give another start",
-    Status.NONFINITE: "f, h or the log-density is not finite where it starts or at any step from "
-    "there; give another start, or functions that are finite there",
+    Status.NONFINITE: "f, h, the log-density or the linearized posterior is not finite where it "
+    "starts or at any step from there; give another start, functions that are finite there, or "
+    "more digits (float64)",
     Status.STALLED: "steps are not short, yet none lowers the cost by more than rounding, or, with "
     "sigma points, gets any shorter: a kink of f or h, or too few digits (float64 has more); "
     "trajectory and posterior are those of the lowest cost reached",

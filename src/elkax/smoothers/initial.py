@@ -109,9 +109,46 @@ def _with_effects(model: Model, diffuse: tuple[bool, ...]) -> Model:
     model = model._replace(
         initial_mean=jnp.where(mask, 0.0, model.initial_mean),
         initial_cov=jnp.where(keep, model.initial_cov, 0.0),
+        weights=without_rounding(model.weights),
     )
     units = jnp.diag(jnp.sqrt(natural_variances(model)))[:, mask]
-    return model._replace(unknown=start(units))
+    changes = changed_rows(model.weights)
+    if changes.ndim == 2:
+        age = jnp.cumsum(changes.at[0].set(0.0), axis=0)
+    else:
+        age = jnp.arange(len(model.first), dtype=changes.dtype)[:, None] * changes
+    return model._replace(unknown=start(units), age=age)
+
+
+def without_rounding(weights: Array) -> Array:
+    r"""Put zero where $\sin\pi$ or $\cos\tfrac\pi2$ stands in F, for nothing is seen through it.
+
+    $F_{ij}$ and $F_{ji}$ are rounding where $|F_{ij}F_{ji}| \le (16\epsilon)^2|F_{ii}F_{jj}|$, in
+    any units of the states, and neither is more than $16\epsilon$ of the larger of $F_{ii}$ and
+    $F_{jj}$; and $F_{ii}$ is where $F_{ii}^2 \le (16\epsilon)^2|F_{ij}F_{ji}|$ for some j. One
+    without its opposite never is: its size is one of units. Derivatives are those of F.
+
+    Args:
+        weights: $F$, (D, D) or (T, D, D).
+    """
+    level = 16 * jnp.finfo(weights.dtype).eps
+    size = jnp.abs(jax.lax.stop_gradient(weights))
+    # A product of two may be out of range, their geometric mean is not.
+    back = jnp.sqrt(size) * jnp.sqrt(jnp.swapaxes(size, -1, -2))
+    kept = jnp.diagonal(size, axis1=-2, axis2=-1)
+    larger = jnp.maximum(kept[..., :, None], kept[..., None, :])
+    both = jnp.sqrt(kept[..., :, None]) * jnp.sqrt(kept[..., None, :])
+    eye = jnp.eye(weights.shape[-1], dtype=bool)
+    most = jnp.max(jnp.where(eye, 0.0, back), axis=-1, keepdims=True)
+    loop = (back > 0) & (back <= level * both) & (size <= level * larger)
+    small = jnp.where(eye, size <= level * most, loop)
+    return weights - jax.lax.stop_gradient(jnp.where(small, weights, 0.0))
+
+
+def changed_rows(weights: Array) -> Array:
+    """Give one for states that F does not leave as they are, else zero: (D,) or (T, D)."""
+    eye = jnp.eye(weights.shape[-1], dtype=weights.dtype)
+    return jnp.any(weights != eye, axis=-1).astype(weights.dtype)
 
 
 def natural_variances(model: Model) -> Array:

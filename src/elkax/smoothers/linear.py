@@ -72,6 +72,7 @@ def setup(
     initial: Initial,
     length: ArrayLike | None = None,
     needs_data: bool = True,
+    smoothing: bool = False,
 ) -> tuple[Problem, Form]:
     """Check all arguments that the inference functions share and prepare the problem.
 
@@ -89,12 +90,18 @@ def setup(
         diffuse = tuple(a or b for a, b in zip(diffuse, named, strict=True))
     if isinstance(initial, Stationary):
         problem = replace(problem, model=initial.resolve(problem.model), diffuse=())
+        problem = replace(problem, too_far=frozenset())
     elif any(diffuse):
         if all(diffuse) and needs_data:
             check_observed(problem.emissions, problem.model.valid)
         model = ExactDiffuse(diffuse).resolve(problem.model)
         problem = replace(problem, model=model, diffuse=diffuse)
-    stored = find_form(form, problem.emissions.dtype, exact_entries=problem.exact_entries)
+    stored = find_form(
+        form,
+        problem.emissions.dtype,
+        exact_entries=problem.exact_entries,
+        too_far=("smooth" if smoothing else "filter") in problem.too_far,
+    )
     return problem, stored
 
 
@@ -180,7 +187,7 @@ def _filtered(model: Model, form: Form, backend: Backend | None) -> Inference:
     size = mean.shape[-1]
     value = value + log_rotation(unknown[-1], jnp.asarray(model.unknown))
     past = Moments(mean, cov, jax.lax.stop_gradient(unknown[:, :size]))
-    return Inference(value, past, Moments(mean, cov, never_seen(unknown, size)))
+    return Inference(value, past, Moments(mean, cov, never_seen(unknown, jnp.asarray(model.age))))
 
 
 @partial(jax.jit, static_argnames=("form", "backend"))
@@ -285,7 +292,9 @@ def lgssm_filter(
         inputs: $u$ (T, U); `inputs[t]` enters the step into $z_t$ and the emission at t.
         backend: how to run over time; chosen by `elkax.scan.choose` if None.
         form: "covariance", or "square_root" for badly scaled models; if None, square roots in types
-            of few digits such as float32, else covariances.
+            of few digits such as float32, and where the prior variance of a measurement is seen to
+            be far larger than its noise (7e7 times to filter, 1e3 times to smooth), else
+            covariances. Inside `jit` or `grad`, where parameters cannot be looked at, name it.
         initial: `Stationary()` in place of the initial distribution, or `ExactDiffuse()` for states
             of which nothing is known, beside those that are diffuse in the parameters.
         length: only the first `length` time steps exist; what follows is padding, where the last
@@ -338,7 +347,14 @@ def lgssm_smoother(
         Bryson & Frazier (1963); Durbin & Koopman (2012), Ch. 4 and 6.
     """
     problem, stored = setup(
-        params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
+        params,
+        emissions,
+        inputs,
+        backend=backend,
+        form=form,
+        initial=initial,
+        length=length,
+        smoothing=True,
     )
     found = infer_smoothed(problem.model, problem.finite, form=stored, backend=backend)
     return _posterior(found)

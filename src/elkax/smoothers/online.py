@@ -16,6 +16,7 @@ from elkax.gaussian.model import constant_part, merge, over_time
 from elkax.gaussian.output import State, log_density
 from elkax.gaussian.unknown import start
 from elkax.smoothers.checks import real_array
+from elkax.smoothers.initial import changed_rows, without_rounding
 from elkax.smoothers.linear import poison
 from elkax.smoothers.prepare import Problem, check_symmetric, diffuse_mask, find_form, prepare
 
@@ -135,8 +136,11 @@ def _take_in(problem: Problem, state: OnlineState, *, form: Form) -> OnlineState
         initial_mean=state.mean,
         initial_cov=state.covariance,
         first=first.astype(state.mean.dtype),
-        unknown=start,
     )
+    if start is not None:
+        weights = without_rounding(model.weights)
+        age = state.time * changed_rows(weights)
+        model = model._replace(weights=weights, unknown=start, age=age)
     cov = jnp.concatenate((state.covariance, state.factor_low), axis=1)
     before = State(
         jnp.where(first, 0.0, state.mean),

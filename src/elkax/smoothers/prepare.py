@@ -22,6 +22,7 @@ from elkax.smoothers.checks import (
     check_inputs,
     check_symmetric,
     check_variances,
+    falls_too_far,
     is_concrete,
     may_be_exact,
     real_array,
@@ -35,7 +36,7 @@ FORMS: dict[str, Any] = {"covariance": Covariance, "square_root": SquareRoot}
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["model", "weights", "offset", "cov", "emissions", "finite"],
-    meta_fields=["diagonal", "diffuse", "exact_entries"],
+    meta_fields=["diagonal", "diffuse", "exact_entries", "too_far"],
 )
 @dataclass(frozen=True)
 class Problem:
@@ -51,6 +52,7 @@ class Problem:
         finite: whether all is finite that states and observations depend on.
         diffuse: which initial states are exactly diffuse.
         exact_entries: whether a measurement without error may occur.
+        too_far: see `falls_too_far`.
     """
 
     model: Model
@@ -62,21 +64,25 @@ class Problem:
     finite: Array
     diffuse: tuple[bool, ...] = ()
     exact_entries: bool = True
+    too_far: frozenset[str] = frozenset()
 
 
-def find_form(form: str | None, dtype: DTypeLike, *, exact_entries: bool = True) -> Form:
-    """Return the form of that name; if None, factors in types of few digits, else covariances.
+def find_form(
+    form: str | None, dtype: DTypeLike, *, exact_entries: bool = True, too_far: bool = False
+) -> Form:
+    """Return the form of that name; if None, factors where digits are few, else covariances.
 
     Args:
         form: "covariance", "square_root" or None.
         dtype: of the computation.
         exact_entries: whether a measurement without error may occur.
+        too_far: whether variances fall too far for covariances, see `falls_too_far`.
 
     Raises:
         ValueError: on an unknown name.
     """
     if form is None:
-        form = "square_root" if is_short(dtype) else "covariance"
+        form = "square_root" if too_far or is_short(dtype) else "covariance"
     if form not in FORMS:
         raise ValueError(f"form must be None or one of {sorted(FORMS)}, got {form!r}")
     return FORMS[form](exact_entries=exact_entries)
@@ -168,6 +174,7 @@ def prepare(
         finite,
         diffuse,
         may_be_exact(params.emissions.cov, full=full),
+        falls_too_far(arrays.initial.cov, arrays.dynamics, arrays.emissions.weights, r, full=full),
     )
 
 

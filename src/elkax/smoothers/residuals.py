@@ -103,7 +103,7 @@ def _innovations(problem: Problem, *, form: Form, backend: Backend | None) -> In
         size = mean.shape[-1]
         later = jax.vmap(propagate, in_axes=(0 if weights.ndim == 3 else None, 0))
         earlier = jnp.asarray(filtered.unknown)[:-1]
-        unknown = jnp.concatenate((model.unknown[None], later(weights, earlier)))[:, :size]
+        unknown = jnp.concatenate((model.unknown[None], later(weights, earlier)[0]))[:, :size]
     states = Moments(
         jnp.concatenate((model.initial_mean[None], mean)),
         jnp.concatenate((model.initial_cov[None], cov)),
@@ -143,7 +143,14 @@ def lgssm_disturbances(
         Koopman (1993), Biometrika 80(1); Durbin & Koopman (2012), Sec. 4.5.
     """
     problem, stored = setup(
-        params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
+        params,
+        emissions,
+        inputs,
+        backend=backend,
+        form=form,
+        initial=initial,
+        length=length,
+        smoothing=True,
     )
     options = {"form": stored, "backend": backend}
     smoothed = infer_smoothed(problem.model, problem.finite, **options).smoothed

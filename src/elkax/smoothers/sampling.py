@@ -139,7 +139,14 @@ def lgssm_posterior_sample(
     if num_samples is not None:
         check_count("num_samples", num_samples)
     problem, stored = setup(
-        params, emissions, inputs, backend=backend, form=form, initial=initial, length=length
+        params,
+        emissions,
+        inputs,
+        backend=backend,
+        form=form,
+        initial=initial,
+        length=length,
+        smoothing=True,
     )
     draws = draw_posterior(
         key,
