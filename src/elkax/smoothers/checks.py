@@ -277,8 +277,10 @@ def falls_too_far(
 
     sd = np.sqrt(np.abs(np.diagonal(np.asarray(initial_cov, float))))
     h, f = over_time(weights, 2, np.max), over_time(dynamics.weights, 2, np.max)
-    q = dynamics.cov[1:] if dynamics.cov.ndim == 3 and len(dynamics.cov) > 1 else dynamics.cov
-    q = over_time(np.diagonal(np.asarray(q), axis1=-2, axis2=-1), 1, np.min)
+    # By NumPy: while a caller is traced, what JAX takes out of a constant is traced as well.
+    q = np.asarray(dynamics.cov)
+    q = q[1:] if q.ndim == 3 and len(q) > 1 else q
+    q = over_time(np.diagonal(q, axis1=-2, axis2=-1), 1, np.min)
     r = np.diagonal(np.asarray(cov), axis1=-2, axis2=-1) if full else cov
     r = over_time(r, 1, np.min)
     prior, noise = np.maximum(h @ sd, h @ (f @ sd)) ** 2, r + (h * h) @ q
