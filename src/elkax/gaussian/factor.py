@@ -5,7 +5,6 @@ of them calls a batched triangular or LU solve, which can deadlock XLA's CPU thr
 parallel scan and is slow for small matrices.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,11 +21,6 @@ from elkax.scan.lanes import (
 )
 
 Index = Array | int
-
-
-def _loop(count: int, body: Callable[[Index, Array], Array], value: Array) -> Array:
-    """Apply `value = body(i, value)` for i = 0, ..., count - 1, in order."""
-    return jax.lax.fori_loop(0, count, body, value)
 
 
 def _unit(size: int, j: Index, rank: int, dtype) -> Array:
@@ -57,7 +51,7 @@ def psd_cholesky(p: Float[Array, "n n *lanes"]) -> Float[Array, "n n *lanes"]:
         c = materialize(jnp.where(below >= j, c * scale, 0.0), 1)
         return factor + outer(c, _unit(size, j, c.ndim, p.dtype))
 
-    return _loop(size, column, jnp.zeros_like(p))
+    return jax.lax.fori_loop(0, size, column, jnp.zeros_like(p))
 
 
 def tria(a: Float[Array, "n m *lanes"]) -> Float[Array, "n n *lanes"]:
@@ -99,7 +93,7 @@ def tria(a: Float[Array, "n m *lanes"]) -> Float[Array, "n n *lanes"]:
         # Turning the column keeps the diagonal >= 0.
         return (a - outer(along, v)) * (1.0 - (1.0 - sign) * unit)[None]
 
-    reflected = _loop(size, reflect, a)[:, :size]
+    reflected = jax.lax.fori_loop(0, size, reflect, a)[:, :size]
     lower = jnp.tril(jnp.ones((size, size), bool)).reshape((size, size) + (1,) * (a.ndim - 2))
     return jnp.where(lower, reflected, 0.0)
 
@@ -152,7 +146,7 @@ def tria_change(
         lost, gained = materialize((lost, gained), 1)
         return (change - outer(lost, rest)).at[:, i].add(gained)
 
-    found = _loop(size, rotate, a)
+    found = jax.lax.fori_loop(0, size, rotate, a)
     lower = jnp.tril(jnp.ones((size, size), bool)).reshape((size, size) + (1,) * (a.ndim - 2))
     change = jnp.where(lower, found[:size, :size], -base[:size, :size])
     return (change, found[size:]) if turned else change
@@ -187,7 +181,7 @@ def solve_lower(
         value = materialize(jnp.where(pivot == 0, 0.0, rest / jnp.where(pivot == 0, 1.0, pivot)), 1)
         return x + _unit(size, i, x.ndim, x.dtype) * value
 
-    return _loop(size, row, start)
+    return jax.lax.fori_loop(0, size, row, start)
 
 
 def cho_solve(
@@ -229,7 +223,7 @@ def unit_ldl(
         inverse = inverse - outer(multiplier, inverse[j])
         return jnp.concatenate((schur, inverse), axis=1)
 
-    work = _loop(size, eliminate, jnp.concatenate((r, eye), axis=1))
+    work = jax.lax.fori_loop(0, size, eliminate, jnp.concatenate((r, eye), axis=1))
     pivots = lanes.diagonal_of(work[:, :size])
     return work[:, size:], pivots
 
