@@ -12,10 +12,9 @@ from elkax.cells.nonlinear import evaluate
 from elkax.cells.protocol import Cell, LinearCell, ReadCell, check_params
 from elkax.cells.timeline import Timeline
 from elkax.recurrences import Method, RecurrenceInfo
-from elkax.recurrences.problem import leading
+from elkax.recurrences.solution import if_finite
 from elkax.scan import Sequential
-from elkax.scan.linear_recurrence import column
-from elkax.smoothers.iteration import Status
+from elkax.scan.linear_recurrence import check_resets, column
 
 
 class CellRun(NamedTuple):
@@ -83,7 +82,7 @@ def run(
         )
     lead = inputs.shape[:-2]
     start = _start(cell.initial_state(params), initial_state, lead)
-    resets = _check_resets(resets, inputs.shape[:-1])
+    resets = check_resets(resets, inputs.shape[:-1])
     length = _check_length(length, lead, inputs.shape[-2])
     _check_values(inputs, length)
     types = [leaf.dtype for leaf in jax.tree.leaves(start)]
@@ -122,7 +121,7 @@ def _one(
     with jax.default_matmul_precision("highest"):
         if isinstance(cell, LinearCell):
             states, outputs = cell.evaluate(params, inputs, start, timeline)
-            info = _info(states, timeline)
+            info = if_finite(states, timeline.count, reverse=reverse)
         else:
             states, info = evaluate(cell, params, inputs, start, timeline, method)
             if isinstance(cell, ReadCell):
@@ -134,26 +133,6 @@ def _one(
         outputs = jax.tree.map(lambda leaf: jnp.where(column(valid, leaf), leaf, 0), outputs)
     final = jax.tree.map(lambda leaf: leaf[0 if reverse else -1], states)
     return CellRun(outputs, states, final, info)
-
-
-def _info(states: PyTree, timeline: Timeline) -> RecurrenceInfo:
-    """Say of states that were found without an iteration whether they are finite."""
-    rows = [jnp.isfinite(leaf).reshape((timeline.count, -1)) for leaf in jax.tree.leaves(states)]
-    finite = jnp.all(jnp.concatenate(rows, 1), 1)
-    status = jnp.where(jnp.all(finite), int(Status.CONVERGED), int(Status.NONFINITE))
-    zero, none = jnp.zeros(()), jnp.asarray(0)
-    return RecurrenceInfo(
-        status=status,
-        iterations=none,
-        corrections=none,
-        sweeps=zero + 1,
-        prefix=leading(jnp.flip(finite) if timeline.reverse else finite),
-        residual=zero,
-        error_bound=jnp.full(timeline.count, jnp.nan),
-        resets=none,
-        damping=zero,
-        history=None,
-    )
 
 
 def _start(own: PyTree, given: PyTree, lead: tuple[int, ...]) -> PyTree:
@@ -177,17 +156,6 @@ def _start(own: PyTree, given: PyTree, lead: tuple[int, ...]) -> PyTree:
         return jnp.broadcast_to(leaf.astype(like.dtype), lead + like.shape)
 
     return jax.tree.map(fit, given, own)
-
-
-def _check_resets(resets: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
-    if resets is None:
-        return None
-    resets = jnp.asarray(resets)
-    if resets.dtype != bool:
-        raise TypeError(f"resets must be bools, got dtype {resets.dtype}")
-    if resets.shape != shape:
-        raise ValueError(f"resets must be {shape}, one for each input, got {resets.shape}")
-    return resets
 
 
 def _check_length(length: ArrayLike | None, lead: tuple[int, ...], count: int) -> Array | None:

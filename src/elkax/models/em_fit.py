@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from elkax.models.em_maximisation import trainable
 from elkax.models.em_progress import show_progress
-from elkax.models.fitting import Fit, StaticModel, over_series
+from elkax.models.fitting import Fit, StaticModel, all_finite, over_series
 from elkax.smoothers.prepare import is_concrete
 
 
@@ -198,7 +198,7 @@ def _judge(old: ParamsLGSSM, new: ParamsLGSSM, props: ParamsLGSSM, limits: Limit
     """Say what is wrong with the parameters that a step leads to."""
     free = trainable(old, props)
     leaves = [getattr(getattr(new, group), name) for group, name in free]
-    finite = jnp.all(jnp.asarray([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+    finite = all_finite(leaves)
     verdict = jnp.where(finite, Ending.NONE, Ending.NOT_FINITE)
     if ("emissions", "cov") not in free:
         return verdict

@@ -123,6 +123,11 @@ def over_series(function: Callable, emissions: Array, inputs: Array | None) -> P
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], one)
 
 
+def all_finite(tree: PyTree) -> Array:
+    """Tell whether every entry of every leaf is finite."""
+    return jnp.all(jnp.asarray([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
 def _batch(name: str, value: Any, width: int) -> Array:
     """Return an array (B, T, width) of one given as (B, T, width), (T, width), or (T,)."""
     shapes = f"(T, {width}) or a batch (B, T, {width})"

@@ -11,7 +11,7 @@ import numpy as np
 from dynamax.parameters import from_unconstrained, to_unconstrained
 from jaxtyping import Array
 
-from elkax.models.fitting import over_series
+from elkax.models.fitting import all_finite, over_series
 from elkax.models.learnable import as_learnable
 from elkax.models.sgd import Part, Scale, Schedule, descend, refused_words
 from elkax.smoothers import Status
@@ -55,7 +55,7 @@ def fit_each(
             lambda theta, y, u: model.marginal_log_prob(parameters(theta), y, u)
         )
         each = over_series(functools.partial(likelihood, theta), emissions, inputs)
-        finite = jax.vmap(_all_finite)(each)
+        finite = jax.vmap(all_finite)(each)
         prior, of_prior = jax.value_and_grad(
             lambda theta: jnp.asarray(model.log_prior(parameters(theta)))
         )(theta)
@@ -80,10 +80,6 @@ def fit_each(
     elif end.refused:
         warnings.warn(refused_words(end), stacklevel=3)
     return restore(parameters(end.theta)), end.losses
-
-
-def _all_finite(tree: Any) -> Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 class _State(NamedTuple):

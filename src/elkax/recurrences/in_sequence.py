@@ -11,7 +11,7 @@ from elkax.recurrences.audit import Audit, audit
 from elkax.recurrences.plan import Plan
 from elkax.recurrences.prepare import Arguments, clean
 from elkax.recurrences.problem import Problem, leading
-from elkax.recurrences.solution import RecurrenceInfo, RecurrenceSolution
+from elkax.recurrences.solution import RecurrenceSolution, if_finite, in_one_pass, status_of
 from elkax.scan.fallback import where_sound
 from elkax.smoothers.iteration import Status
 
@@ -30,7 +30,7 @@ def evaluate_in_sequence(
     """
     problem, unravel = arguments.flatten()
     states, status, prefix = _run(problem)
-    zero, none = jnp.zeros((), states.dtype), jnp.asarray(0)
+    zero = jnp.zeros((), states.dtype)
     found = Audit(status, prefix, zero, jnp.full(len(states), jnp.nan, states.dtype))
     if plan.bounded:
         recurrence, point = problem.as_function()
@@ -38,18 +38,7 @@ def evaluate_in_sequence(
         found = audit(
             fixed, plan.on_flat_states(unravel), tolerance, error_tolerance, states, status
         )
-    info = RecurrenceInfo(
-        status=found.status,
-        iterations=none,
-        corrections=none,
-        sweeps=zero + 1,
-        prefix=found.prefix,
-        residual=found.residual,
-        error_bound=found.bound,
-        resets=none,
-        damping=zero,
-        history=None,
-    )
+    info = in_one_pass(found.status, found.prefix, found.residual, found.bound)
     return RecurrenceSolution(jax.vmap(unravel)(states), jax.lax.stop_gradient(info))
 
 
@@ -63,28 +52,7 @@ def evaluate_any_types(arguments: Arguments) -> RecurrenceSolution:
 
     inputs = clean(arguments.inputs, arguments.valid), arguments.valid
     states = jax.lax.scan(step, arguments.initial, inputs, arguments.length)[1]
-    finite = jnp.ones(arguments.length, bool)
-    for leaf in jax.tree.leaves(states):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            finite &= jnp.all(jnp.isfinite(leaf.reshape((arguments.length, -1))), axis=1)
-    zero, none = jnp.zeros(()), jnp.asarray(0)
-    info = RecurrenceInfo(
-        status=_status(finite),
-        iterations=none,
-        corrections=none,
-        sweeps=zero + 1,
-        prefix=leading(finite),
-        residual=zero,
-        error_bound=jnp.full(arguments.length, jnp.nan),
-        resets=none,
-        damping=zero,
-        history=None,
-    )
-    return RecurrenceSolution(states, info)
-
-
-def _status(finite: Array) -> Array:
-    return jnp.where(jnp.all(finite), int(Status.CONVERGED), int(Status.NONFINITE))
+    return RecurrenceSolution(states, if_finite(states, arguments.length))
 
 
 def give_way(
@@ -111,4 +79,4 @@ def _run(problem: Problem) -> tuple[Array, Array, Array]:
     """Evaluate step by step: states, status, and how many of them are finite."""
     states = problem.run()
     finite = jnp.all(jnp.isfinite(states), axis=1)
-    return states, _status(finite), leading(finite)
+    return states, status_of(finite), leading(finite)

@@ -2,9 +2,13 @@
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from elkax.recurrences.point import Record
+from elkax.recurrences.problem import leading
+from elkax.smoothers.iteration import Status
 
 
 class RecurrenceInfo(NamedTuple):
@@ -55,3 +59,38 @@ class RecurrenceSolution(NamedTuple):
 
     states: PyTree
     info: RecurrenceInfo
+
+
+def in_one_pass(
+    status: Array, prefix: Array, residual: Array, error_bound: Array
+) -> RecurrenceInfo:
+    """Say how states were found that took no iteration; arguments as the fields."""
+    zero, none = jnp.zeros_like(residual), jnp.asarray(0)
+    return RecurrenceInfo(
+        status=status,
+        iterations=none,
+        corrections=none,
+        sweeps=zero + 1,
+        prefix=prefix,
+        residual=residual,
+        error_bound=error_bound,
+        resets=none,
+        damping=zero,
+        history=None,
+    )
+
+
+def if_finite(states: PyTree, length: int, *, reverse: bool = False) -> RecurrenceInfo:
+    """Say of states (T, ...) that were found in one pass, without an audit, if they are finite."""
+    numbers = [leaf for leaf in jax.tree.leaves(states) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    finite = jnp.ones(length, bool)
+    for leaf in numbers:
+        finite &= jnp.all(jnp.isfinite(leaf.reshape((length, -1))), axis=1)
+    status = status_of(finite)
+    prefix = leading(jnp.flip(finite) if reverse else finite)
+    return in_one_pass(status, prefix, jnp.zeros(()), jnp.full(length, jnp.nan))
+
+
+def status_of(finite: Array) -> Array:
+    """Return the status of states that were found in one pass."""
+    return jnp.where(jnp.all(finite), int(Status.CONVERGED), int(Status.NONFINITE))

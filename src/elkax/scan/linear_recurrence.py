@@ -79,8 +79,8 @@ def linear_recurrence(
     work = jnp.promote_types(dtype, jnp.float32)
     states = _evaluate(
         *jax.tree.map(lambda leaf: leaf.astype(work), numbers),
-        check_resets(resets, count),
-        check_length(length, count),
+        check_resets(resets, (count,)),
+        _check_length(length, count),
         reverse=reverse,
         backend=backend,
     )
@@ -94,24 +94,24 @@ def _numbers(name: str, value: ArrayLike) -> Array:
     return value
 
 
-def check_resets(resets: ArrayLike | None, count: int) -> Array | None:
+def check_resets(resets: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
     """Return resets as an array.
 
     Raises:
         TypeError: if they are no bools.
-        ValueError: unless there is one for each of the T steps.
+        ValueError: unless there is one for each step.
     """
     if resets is None:
         return None
     resets = jnp.asarray(resets)
     if resets.dtype != bool:
         raise TypeError(f"resets must be bools, got dtype {resets.dtype}")
-    if resets.shape != (count,):
-        raise ValueError(f"resets must be (T,) with T = {count}, got {resets.shape}")
+    if resets.shape != shape:
+        raise ValueError(f"resets must be {shape}, one for each step, got {resets.shape}")
     return resets
 
 
-def check_length(length: ArrayLike | None, count: int) -> Array | None:
+def _check_length(length: ArrayLike | None, count: int) -> Array | None:
     """Return a length as an array.
 
     Raises:
